@@ -39,18 +39,17 @@ import random
 import signal
 import struct
 import sys
-import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
+from torchvision import datasets
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 
@@ -71,7 +70,7 @@ class Config:
     image_size: int = flag(32, "height and width of the pictures, in pixels", low=1)
     channels: int = flag(3, "3 for colour, 1 for grey", choices=(1, 3))
     base_channels: int = flag(128, "channels at full resolution, a multiple of 32", low=32)
-    channel_mults: tuple = flag((1, 2, 2, 2), "channels of each level as multiples; each level halves the picture", low=1)
+    channel_mults: tuple = flag((1, 2, 2, 2), "channels of each level, as multiples; each halves the picture", low=1)
     num_res_blocks: int = flag(2, "residual blocks a level on the way down (one more on the way up)", low=1)
     attention_resolutions: tuple = flag((16,), "picture sizes inside the network that get self-attention", low=1)
     dropout: float = flag(0.1, "dropout inside the residual blocks", low=0)
@@ -79,7 +78,7 @@ class Config:
     timesteps: int = flag(1000, "T, the number of noising steps", low=1)
     beta_start: float = flag(1e-4, "noise variance of the first step, for T = 1000", low=0)
     beta_end: float = flag(0.02, "noise variance of the last step, for T = 1000", low=0)
-    variance: str = flag("fixedlarge", "reverse variance: beta or beta~ (Sec. 3.2)", choices=("fixedlarge", "fixedsmall"))
+    variance: str = flag("fixedlarge", "of the reverse process, beta or beta~", choices=("fixedlarge", "fixedsmall"))
     # training
     steps: int = flag(800_000, "optimiser steps, in all", low=1)
     batch_size: int = flag(128, "pictures in an optimiser step", low=1)
@@ -109,7 +108,7 @@ class Config:
             if choices and value not in choices:
                 raise UserError(f"--{f.name} is {value}: it must be one of {choices}")
         if self.batch_size % self.accumulate:
-            raise UserError(f"--batch-size {self.batch_size} can't be split into --accumulate {self.accumulate} equal parts")
+            raise UserError(f"--batch-size {self.batch_size} can't be split evenly by --accumulate {self.accumulate}")
 
 
 # What must agree between a checkpoint and the run that loads its weights.
@@ -117,18 +116,12 @@ NETWORK_FIELDS = ("image_size", "channels", "base_channels", "channel_mults", "n
 
 PRESETS = {
     "cifar10": Config(),
-    "celebahq256": Config(
-        image_size=256, channel_mults=(1, 1, 2, 2, 4, 4), dropout=0.0, variance="fixedsmall", steps=500_000,
-        batch_size=64, lr=2e-5,
-    ),
-    "small": Config(
-        base_channels=64, channel_mults=(1, 2, 4, 4), attention_resolutions=(16, 8), steps=100_000, warmup=1000,
-        ema_decay=0.999,
-    ),
-    "tiny": Config(
-        base_channels=32, num_res_blocks=1, attention_resolutions=(8,), dropout=0.0, steps=1000, batch_size=64,
-        lr=1e-3, warmup=100, ema_decay=0.99, log_every=20, sample_every=250, ckpt_every=250,
-    ),
+    "celebahq256": Config(image_size=256, channel_mults=(1, 1, 2, 2, 4, 4), dropout=0.0, variance="fixedsmall",
+                          steps=500_000, batch_size=64, lr=2e-5),
+    "small": Config(base_channels=64, channel_mults=(1, 2, 4, 4), attention_resolutions=(16, 8), steps=100_000,
+                    warmup=1000, ema_decay=0.999),
+    "tiny": Config(base_channels=32, num_res_blocks=1, attention_resolutions=(8,), dropout=0.0, steps=3000,
+                   batch_size=32, lr=1e-3, warmup=100, ema_decay=0.995, log_every=50, sample_every=500, ckpt_every=500),
 }
 
 
@@ -147,10 +140,8 @@ def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
     """
     scale = 1000 / timesteps if timesteps > 0 else math.inf
     if not 0 < scale * beta_start <= scale * beta_end < 1:
-        raise UserError(
-            f"a schedule of T = {timesteps} steps would have betas from {scale * beta_start:.4g} to "
-            f"{scale * beta_end:.4g}, which must lie between 0 and 1: change --timesteps, --beta-start or --beta-end"
-        )
+        raise UserError(f"T = {timesteps} steps have betas from {scale * beta_start:.4g} to {scale * beta_end:.4g}, "
+                        "not rising within (0, 1): change --timesteps, --beta-start or --beta-end")
     return torch.linspace(scale * beta_start, scale * beta_end, timesteps, dtype=torch.float64)
 
 
@@ -185,7 +176,6 @@ class Diffusion(nn.Module):
         # beta~_1 is 0, its logarithm would not be finite: the released code takes beta~_2 there, in both variances.
         first = posterior_variance[1:2]
         model_variance = betas if variance == "fixedlarge" else posterior_variance
-
         tables = {
             "betas": betas,
             "alpha_bars": alpha_bars,
@@ -345,13 +335,13 @@ class Attention(nn.Module):
         self.q = nn.Linear(channels, channels)  # the paper's 1x1 convolutions
         self.k = nn.Linear(channels, channels)
         self.v = nn.Linear(channels, channels)
-        self.out = nn.Linear(channels, channels)
+        self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x):
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         q, k, v = (proj(h).unsqueeze(1) for proj in (self.q, self.k, self.v))  # (B, 1, HW, C): one head
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # softmax(q k^T / sqrt(C)) v
-        return x + self.out(h).transpose(1, 2).view_as(x)
+        return x + self.proj_out(h).transpose(1, 2).view_as(x)
 
 
 class UNet(nn.Module):
@@ -365,17 +355,16 @@ class UNet(nn.Module):
     def __init__(self, image_size=32, channels=3, base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2,
                  attention_resolutions=(16,), dropout=0.1):
         super().__init__()
-        levels = len(channel_mults)
-        factor = 2 ** (levels - 1)
-        if image_size < factor or image_size % factor:
+        levels, factor = len(channel_mults), 2 ** (len(channel_mults) - 1)
+        if image_size % factor:
             raise UserError(f"image size {image_size} can't be halved {levels - 1} times ({levels} levels): "
                             f"use a multiple of {factor}")
-        sizes = [image_size // 2**level for level in range(levels)]
-        if base_channels < 32 or base_channels % 32:
+        if base_channels % 32:
             raise UserError(f"{base_channels} base channels can't be normalised in 32 groups: use a multiple of 32")
-        for resolution in attention_resolutions:
-            if resolution not in sizes:
-                raise UserError(f"attention at {resolution} is never reached: this network's levels are {sizes} pixels")
+        sizes = [image_size // 2**level for level in range(levels)]
+        if not set(attention_resolutions) <= set(sizes):
+            raise UserError(f"attention at {attention_resolutions}, but this network's levels are {sizes} pixels: "
+                            "choose among them with --attention-resolutions")
         temb_channels = 4 * base_channels
 
         def block(in_channels, out_channels, size):
@@ -418,20 +407,12 @@ class UNet(nn.Module):
 
         self.norm_out = GroupNorm(h)
         self.conv_out = nn.Conv2d(h, channels, 3, padding=1)
-        self.init_weights()
 
-    def init_weights(self):
-        """Xavier uniform, biases 0; each residual branch and the last convolution start at zero (released code)."""
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, ResBlock):
-                nn.init.zeros_(module.conv2.weight)
-            elif isinstance(module, Attention):
-                nn.init.zeros_(module.out.weight)
-        nn.init.zeros_(self.conv_out.weight)
+        for name, weights in self.named_parameters():
+            if name.endswith(("bias", "conv2.weight", "proj_out.weight", "conv_out.weight")):
+                nn.init.zeros_(weights)  # each residual branch starts as nothing, and so does the answer
+            elif weights.dim() > 1:  # not the gains of the normalisation, which stay 1
+                nn.init.xavier_uniform_(weights)
 
     def forward(self, x_t, t):
         temb = self.time_mlp(sinusoidal_embedding(t, self.base_channels))  # (B, 4 base)
@@ -451,16 +432,18 @@ class UNet(nn.Module):
                 h = attention(res(torch.cat([h, skips.pop()], dim=1), temb))
             if i < len(self.upsample):
                 h = self.upsample[i](F.interpolate(h, scale_factor=2, mode="nearest"))  # (B, ., 2H, 2W)
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, H, W)
+        return self.conv_out(F.silu(self.norm_out(h))).to(x_t.dtype)  # (B, C, H, W), float32 whatever autocast does
 
 
 # 3. Data --------------------------------------------------------------------------------------------------------------
 #
 # Pictures are kept as uint8, 0..255, and become float32 in [-1, 1] batch by batch (Sec. 3.3).
 
-SETS = {"shapes": None, "mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100",
-        "flowers102": "Flowers102"}  # names for --data, and torchvision's
-EXTENSIONS = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif")
+SETS = {  # names for --data
+    "shapes": None, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
+    "cifar100": datasets.CIFAR100, "flowers102": datasets.Flowers102,
+}
+EXTENSIONS = (*datasets.folder.IMG_EXTENSIONS, ".gif")
 # What Pillow's many decoders raise on files that are broken, or no pictures at all.
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
@@ -504,28 +487,8 @@ class Shapes:
         x, y = uniform(radius, 128 - radius), uniform(radius, 128 - radius)
         colour = f"hsl({uniform(0, 360):.0f}, 80%, {uniform(35, 60):.0f}%)"
         image = Image.new("RGB", (128, 128), "white")
-        draw = ImageDraw.Draw(image)
-        if self.targets[i] == 0:
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-        else:
-            draw.regular_polygon((x, y, radius), 4 if self.targets[i] == 1 else 3, fill=colour)
+        ImageDraw.Draw(image).regular_polygon((x, y, radius), (64, 4, 3)[self.targets[i]], fill=colour)
         return image, self.targets[i]
-
-
-def list_pictures(folder, only=""):
-    """Paths of all picture files below a folder, sorted; with `only`, those below a sub-folder of that name."""
-    paths, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(parent))
-        if not only or only in Path(parent).relative_to(folder).parts:
-            paths += [Path(parent, name) for name in names if name.lower().endswith(EXTENSIONS) and name[0] != "."]
-    if not paths:
-        where = f"{folder} has no sub-folder {only!r} that" if only else folder
-        raise UserError(f"{where} holds no images (looked for {' '.join(EXTENSIONS)})")
-    return sorted(paths)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -538,24 +501,35 @@ class Pictures(torch.utils.data.Dataset):
     def __init__(self, data, size, channels, only="", root="data", split="train"):
         self.size, self.channels, self.set = size, channels, None
         if data not in SETS:
-            if not Path(data).is_dir():
-                raise UserError(f"{data} is neither a folder nor a named set ({', '.join(SETS)})")
-            self.items = list_pictures(data, only)
+            self.items = self.find(data, only)
             return
-        elif data == "shapes":
-            self.set = Shapes()
-        else:
-            part = {"split": split} if data == "flowers102" else {"train": split == "train"}
-            try:
-                self.set = getattr(torchvision.datasets, SETS[data])(root, download=True, **part)
-            except (OSError, RuntimeError) as error:  # no network, or a damaged download
-                raise UserError(f"can't get {data} into {root} ({error}): check the network or --data-root") from error
+        part = {"split": split} if data == "flowers102" else {"train": split == "train"}
+        try:
+            self.set = Shapes() if data == "shapes" else SETS[data](root, download=True, **part)
+        except (OSError, RuntimeError) as error:  # no network, or a damaged download
+            raise UserError(f"can't get {data} into {root} ({' '.join(str(error).split())}): check the network") from error
         labels = [int(label) for label in (self.set._labels if data == "flowers102" else self.set.targets)]
         names = [name.lower() for name in self.set.classes]
         wanted = names.index(only.lower()) if only.lower() in names else only
         self.items = [i for i, label in enumerate(labels) if not only or str(label) == str(wanted)]
         if not self.items:
             raise UserError(f"{data} has no class {only!r}, it has: {', '.join(self.set.classes)}")
+
+    def find(self, folder, only):
+        """Paths of all picture files below the folder, sorted; with `only`, those below a sub-folder of that name."""
+        if not os.path.isdir(folder):
+            raise UserError(f"{folder} is neither a folder nor a named set ({', '.join(SETS)})")
+        paths, seen = [], set()
+        for parent, folders, names in os.walk(folder, followlinks=True):
+            if os.path.realpath(parent) in seen:  # a link that leads back
+                folders.clear()
+            elif not only or only in Path(parent).relative_to(folder).parts:
+                paths += [Path(parent, name) for name in names if name.lower().endswith(EXTENSIONS) and name[0] != "."]
+            seen.add(os.path.realpath(parent))
+        if not paths:
+            where = f"{folder} has no sub-folder {only!r} that" if only else folder
+            raise UserError(f"{where} holds no images (looked for {' '.join(EXTENSIONS)})")
+        return sorted(paths)
 
     def __len__(self):
         return len(self.items)
@@ -584,21 +558,22 @@ def read_batches(pictures, groups, workers):
 
 
 def load_pictures(config, device):
-    """The training set, decoded once: uint8 (N, C, H, W) on the device if it fits there. One beyond cache_gb stays a
-    Pictures, to be streamed from disk."""
+    """The training set, decoded once: uint8 (N, C, H, W), on the device if it fits there.
+
+    A set larger than config.cache_gb comes back as a Pictures, to be streamed from disk.
+    """
     pictures = Pictures(config.data, config.image_size, config.channels, config.only, config.data_root)
-    shape = (len(pictures), config.channels, config.image_size, config.image_size)
-    if math.prod(shape) > config.cache_gb * 2**30:
+    n, size = len(pictures), len(pictures) * config.channels * config.image_size**2
+    if size > config.cache_gb * 2**30:
         return pictures
-    kept, count, progress = torch.empty(shape, dtype=torch.uint8), 0, Progress("reading pictures", len(pictures))
-    groups = [group.tolist() for group in torch.arange(len(pictures)).split(256)]
-    for done, batch in enumerate(read_batches(pictures, groups, config.workers), start=1):
-        kept[count : count + len(batch)] = batch
-        count += len(batch)
-        progress.update(min(256 * done, len(pictures)))
+    kept, progress = [], Progress("reading pictures", n)
+    groups = [range(i, min(i + 256, n)) for i in range(0, n, 256)]
+    for group, batch in zip(groups, read_batches(pictures, groups, config.workers)):
+        kept.append(batch)
+        progress.update(group.stop)
     progress.close()
-    fits = device.type == "cuda" and math.prod(shape) < torch.cuda.mem_get_info(device)[0] / 4
-    return kept[:count].to(device if fits else "cpu")
+    fits = device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4
+    return torch.cat(kept).to(device if fits else "cpu")
 
 
 def training_batches(pictures, config, step, device):
@@ -632,7 +607,7 @@ class EMA:
     """A moving average of a model's weights, float32; `ema.model` is what samples and figures are made with.
 
     The decay starts low, min(decay, (1 + step) / (10 + step)) as TensorFlow offers it, so that early samples do not
-    show the random first weights. The released code goes without; after a few times 1 / (1 - decay) steps none can tell.
+    show the random first weights. The released code goes without, which a long run can't tell.
     """
 
     def __init__(self, model, decay):
@@ -651,7 +626,7 @@ class Progress:
 
     def __init__(self, what, total, done=0):
         self.what, self.total, self.first = what, total, done
-        self.start, self.shown = time.monotonic(), -math.inf
+        self.start = self.shown = time.monotonic()
         self.terminal = sys.stdout.isatty()
 
     def update(self, done, text="", now=False):
@@ -666,8 +641,7 @@ class Progress:
 
     def close(self):
         """Ends the line."""
-        if self.terminal and self.shown > 0:
-            print()
+        print(end="\n" if self.terminal else "")
 
 
 def pick_device(name):
@@ -682,25 +656,19 @@ def pick_device(name):
 
 def pick_amp(name, device):
     """The dtype of --amp for autocast, None for float32. "auto" is one that the device computes faster in."""
-    if name == "auto":
-        if device.type == "cuda":
-            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        else:  # torch before 2.9 can't tell what a CPU has
-            capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-            name = "bf16" if capabilities.get("amx_bf16") else "off"
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":  # older releases of torch can't tell what a CPU has
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        name = "bf16" if capabilities.get("amx_bf16") else "off"
     if name == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16 is for accelerators: use --amp bf16 or off on the CPU")
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def autocast(model, device, dtype):
-    """model(x_t, t) under mixed precision, its answer back in float32: the diffusion never sees anything else."""
-
-    def forward(x_t, t):
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            return model(x_t, t).float()
-
-    return forward
+    """model(x_t, t) under mixed precision with this dtype, or as it is with None."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)(model)
 
 
 def build(config):
@@ -727,8 +695,7 @@ def load_checkpoint(path):
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}: name another, or train first") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py ({reason})") from error
+        raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py") from error
 
 
 def newest_checkpoint():
@@ -776,7 +743,7 @@ def train(config, out, device, amp, checkpoint=None):
     start_log(out / "log.csv", first)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(pictures):,} pictures, {device.type} "
           f"in {amp or torch.float32}, run folder {out}")
-    print(textwrap.fill(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(config).items()), 118))
+    print(config)
     data = training_batches(pictures, config, first, device)
     progress, stop = Progress("step", config.steps, first), []
 
@@ -784,8 +751,7 @@ def train(config, out, device, amp, checkpoint=None):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)  # the second one ends the program at once
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     total_loss, logged, logged_at, text = torch.zeros((), device=device), first, time.monotonic(), ""
     model.train()
 
@@ -830,8 +796,10 @@ def train(config, out, device, amp, checkpoint=None):
         if done % config.sample_every == 0 or done == config.steps:
             shape = (64, config.channels, config.image_size, config.image_size)
             samples = diffusion.sample(autocast(ema.model, device, amp), shape, steps=min(50, config.timesteps))
-            replace_file(out / f"step-{done:06}.png", lambda path: grid(to_uint8(samples.cpu())).save(path, format="PNG"))
+            replace_file(out / f"step-{done:06}.png", lambda path: grid(to_uint8(samples)).save(path, format="PNG"))
     progress.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return stop[0] if stop else 0
 
 
@@ -839,15 +807,18 @@ def train(config, out, device, amp, checkpoint=None):
 
 
 def grid(pictures):
-    """A PIL image of all pictures, uint8 (n, C, H, W), in rows, about as many as columns."""
-    return Image.fromarray(make_grid(pictures, math.ceil(len(pictures) ** 0.5), pad_value=255).permute(1, 2, 0).numpy())
+    """A PIL image of all pictures, uint8 (n, C, H, W), as many rows as columns."""
+    side = math.ceil(len(pictures) ** 0.5)
+    return Image.fromarray(make_grid(pictures.cpu(), side, pad_value=255).permute(1, 2, 0).numpy())
 
 
 def sample_command(args):
-    """`ddpm.py sample`: new pictures from a checkpoint, as one grid, and as single files and a film if asked for."""
+    """`sample`: new pictures from a checkpoint, as one grid, and as single files and a film if asked for."""
     for name, low in (("n", 1), ("batch_size", 1), ("seed", 0), ("eta", 0)):
         if not getattr(args, name) >= low:
             raise UserError(f"{name.replace('_', ' ')} is {getattr(args, name)}: it must be at least {low}")
+    if args.eta and not args.steps:
+        raise UserError("--eta is for DDIM: say in how many --steps")
     path, device = Path(args.ckpt or newest_checkpoint()), pick_device(args.device)
     checkpoint, config = load_checkpoint(path)
     model, diffusion = build(config)
@@ -858,6 +829,8 @@ def sample_command(args):
 
     names = (path.parent / f"samples-{number:03}.png" for number in itertools.count())
     out = Path(args.out) if args.out else next(name for name in names if not name.exists())
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: the name of the grid must end in .png")
     film, folder = out.with_suffix(".gif"), out.with_suffix("")
     for made, asked in ((out, True), (film, args.gif), (folder, args.individual)):
         if asked and made.exists():
@@ -865,32 +838,33 @@ def sample_command(args):
 
     calls = args.steps or diffusion.timesteps
     progress = Progress("sampling, step", math.ceil(args.n / args.batch_size) * calls)
-    pictures, frames, done = [], {}, itertools.count(1)
+    pictures, frames, count = [], {}, itertools.count()
 
     def on_step(t, x_t):
-        step = next(done)
-        progress.update(step)
-        if args.gif and step % calls % math.ceil(calls / 60) == 1 % calls:
+        done = next(count)
+        progress.update(done)
+        if args.gif and done % calls % math.ceil(calls / 60) == 0:
             frames.setdefault(t, []).append(to_uint8(x_t).cpu())
 
     for first in range(0, args.n, args.batch_size):
         shape = (min(args.batch_size, args.n - first), config.channels, config.image_size, config.image_size)
         pictures.append(to_uint8(diffusion.sample(net, shape, args.steps, args.eta, args.seed, first, on_step)).cpu())
     progress.close()
-
     pictures = torch.cat(pictures)
+    out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, lambda file: grid(pictures).save(file, format="PNG"))
-    print(f"{args.n} pictures: {out}")
+    print(f"wrote {args.n} pictures to {out}")
     if args.gif:
         images = [grid(torch.cat(parts)) for parts in frames.values()] + [grid(pictures)]
         durations = [50] * (len(images) - 1) + [2000]  # milliseconds; the result stays for a while
         images[0].save(film, save_all=True, append_images=images[1:], duration=durations, loop=0)
-        print(f"the reverse process: {film}")
+        print(f"wrote the reverse process to {film}")
     if args.individual:
-        folder.mkdir(parents=True)
+        folder.mkdir()
         for number, picture in enumerate(pictures):
-            grid(picture[None]).save(folder / f"{number:06}.png")
-        print(f"one by one: {folder}")
+            to_pil_image(picture).save(folder / f"{number:06}.png")
+        print(f"wrote each picture to {folder}{os.sep}")
+    return 0
 
 
 # 6. The command line --------------------------------------------------------------------------------------------------
@@ -904,46 +878,43 @@ class Parser(argparse.ArgumentParser):
 
 
 def train_command(args):
-    """`train`: puts the configuration together, from a preset or a checkpoint, the data and the flags, and trains."""
+    """`train`: the configuration is that of a preset or a checkpoint, changed by the flags given; then trains."""
     device, checkpoint = pick_device(args.device), None
     flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
-    if args.resume or args.init_from:
-        path = args.init_from or (Path(args.out, "ckpt.pt") if args.out else newest_checkpoint())
-        checkpoint, config = load_checkpoint(path)
-    saved = config if checkpoint else None
+    name = os.path.basename(os.path.abspath(flags["data"])) if "data" in flags else ""
+    out = Path(args.out or Path("runs", "-".join(filter(None, [name, flags.get("only")]))))
     if args.resume:
-        out = Path(path).parent
+        path = out / "ckpt.pt" if args.out or name else newest_checkpoint()
+        checkpoint, base = load_checkpoint(path)
+        out = path.parent
+    elif (out / "ckpt.pt").exists():
+        raise UserError(f"{out} holds a checkpoint: go on from it with --resume, or name another folder with --out")
+    elif args.init_from:
+        path = args.init_from
+        checkpoint, base = load_checkpoint(path)
+        checkpoint = {"step": 0, "model": checkpoint["ema"], "ema": checkpoint["ema"]}
+        base = dataclasses.replace(base, data="", only="")
     else:
-        if args.preset or not checkpoint:
-            config = PRESETS[args.preset or ("tiny" if device.type == "cpu" else "cifar10")]
-        else:
-            config = dataclasses.replace(config, data="", only="")
-        name = Path(flags.get("data", "")).resolve().name
-        out = Path(args.out or Path("runs", "-".join(filter(None, [name, flags.get("only")]))))
-        if (out / "ckpt.pt").exists():
-            raise UserError(f"{out} holds a checkpoint: go on from it with --resume, or name another folder with --out")
-        if not args.preset and not checkpoint and device.type == "cpu":
+        if not args.preset and device.type == "cpu":
             print("no accelerator found: training the preset tiny (--preset cifar10 is the paper's network)")
-        if name in ("mnist", "fashion-mnist") and not checkpoint:
-            config = dataclasses.replace(config, channels=1, flip=name != "mnist")
-    config = dataclasses.replace(config, **flags)
+        base = PRESETS[args.preset or ("tiny" if device.type == "cpu" else "cifar10")]
+        if name in ("mnist", "fashion-mnist"):
+            base = dataclasses.replace(base, channels=1, flip=name != "mnist")
+    config = dataclasses.replace(base, **flags)
     if not config.data:
         raise UserError(f"--data is missing: name a folder of pictures, or one of {', '.join(SETS)}")
     for name in NETWORK_FIELDS if checkpoint else ():
-        if getattr(config, name) != getattr(saved, name):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}, but {path} has "
-                            f"{getattr(saved, name)}: leave the flag out, or train from the beginning")
+        if getattr(config, name) != getattr(base, name):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} does not fit the weights in {path}, "
+                            f"which were trained with {getattr(base, name)}")
     if args.resume and checkpoint["step"] >= config.steps:
-        raise UserError(f"{path} is at step {checkpoint['step']} of {config.steps} already: go on with a larger --steps")
-    if args.init_from:
-        checkpoint = {"step": 0, "model": checkpoint["ema"], "ema": checkpoint["ema"]}
-
+        raise UserError(f"{path} is at step {checkpoint['step']} of {config.steps} already: give it more with --steps")
     number = train(config, out, device, pick_amp(args.amp, device), checkpoint)
     if number:
-        print(f"stopped and saved; go on with: python ddpm.py train --resume --out {out}")
+        print(f"stopped and saved; to go on: python ddpm.py train --resume --out {out}")
         return 128 + number
-    print(f"trained: {out / 'ckpt.pt'}; for new pictures: python ddpm.py sample --ckpt {out / 'ckpt.pt'}")
+    print(f"trained; for new pictures: python ddpm.py sample --ckpt {out / 'ckpt.pt'}")
     return 0
 
 
@@ -953,9 +924,9 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True, metavar="train|sample")
     train_parser = commands.add_parser("train", help="train on pictures", description="Values of the presets in [].")
     train_parser.set_defaults(run=train_command)
-    train_parser.add_argument("--preset", choices=PRESETS, help="cifar10 with an accelerator, else tiny")
     train_parser.add_argument("--out", help="the run's folder [runs/NAME OF THE DATA]")
     start = train_parser.add_mutually_exclusive_group()
+    start.add_argument("--preset", choices=PRESETS, help="[cifar10 with an accelerator, tiny without]")
     start.add_argument("--resume", action="store_true", help="go on where the run in --out, or the newest, stopped")
     start.add_argument("--init-from", metavar="CKPT", help="begin with this checkpoint's weights (fine-tuning)")
     for f in dataclasses.fields(Config):
@@ -988,7 +959,7 @@ def main(argv=None):
     try:
         args = parser.parse_args(argv)
         return args.run(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

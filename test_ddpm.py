@@ -1,0 +1,802 @@
+"""Tests of ddpm.py: each name is a sentence about diffusion, or about what a user sees. Run: python -m pytest
+
+Expectations are built another way than the code builds them: closed forms, numerical integration, brute force.
+"""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import ddpm
+
+SCRIPT = Path(ddpm.__file__).resolve()
+# A network and a process so small that a command of the program takes a second.
+FAST = ["--image-size", "8", "--base-channels", "32", "--channel-mults", "1", "--num-res-blocks", "1",
+        "--attention-resolutions", "--timesteps", "50", "--batch-size", "4", "--warmup", "2", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+
+
+def paper_schedule(T=1000):
+    """betas and alpha_bars in float64, from Sec. 4's words alone."""
+    betas = np.array([1e-4 + (0.02 - 1e-4) * i / (T - 1) for i in range(T)]) * 1000 / T
+    return betas, np.array([math.prod(1 - betas[: i + 1]) for i in range(T)])
+
+
+def folder_of_shapes(count, folder="images"):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        ddpm.Shapes()[i][0].save(Path(folder, f"{i}.png"))
+    return folder
+
+
+def run(*args):
+    """The command line in this process: its exit status."""
+    return ddpm.main([str(arg) for arg in args])
+
+
+def ckpt(folder):
+    return torch.load(Path(folder, "ckpt.pt"), weights_only=True)
+
+
+def same(a, b):
+    """Whether two nested states are equal, tensors bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+# The schedule and the forward process
+
+
+@pytest.mark.parametrize("T", [1000, 4000, 250])
+def test_schedule_is_linear_and_ends_as_nothing_but_noise(T):
+    betas, alpha_bars = paper_schedule(T)
+    assert ddpm.linear_beta_schedule(T).dtype == torch.float64
+    np.testing.assert_allclose(ddpm.linear_beta_schedule(T), betas, rtol=1e-12)
+    np.testing.assert_allclose(ddpm.Diffusion(T).alpha_bars, alpha_bars, rtol=1e-6)
+    assert 3e-5 < alpha_bars[-1] < 5e-5  # the paper's alpha_bar_T, which T must hardly move
+
+
+@pytest.mark.parametrize("T", [0, 1, 20, -5])
+def test_schedule_that_leaves_0_to_1_is_refused_by_name(T):
+    with pytest.raises(ddpm.UserError, match=f"T = {T} "):
+        ddpm.linear_beta_schedule(T)
+
+
+def test_tables_are_float32_of_float64():
+    _, alpha_bars = paper_schedule()
+    diffusion = ddpm.Diffusion()
+    assert all(table.dtype == torch.float32 for table in diffusion.buffers())
+    # computed in float32, 1 - alpha_bar of the first step would be off by 1e-4 of itself
+    np.testing.assert_allclose(diffusion.sqrt_one_minus_alpha_bars, np.sqrt(1 - alpha_bars), rtol=1e-6)
+
+
+def test_one_jump_equals_step_by_step_noising():
+    """Eq. 4 against Eq. 2 taken t times, in mean and variance."""
+    diffusion = ddpm.Diffusion()
+    betas, _ = paper_schedule()
+    mean, variance = 1.0, 0.0
+    for t in range(1000):
+        mean, variance = math.sqrt(1 - betas[t]) * mean, (1 - betas[t]) * variance + betas[t]
+        if t in (0, 1, 10, 500, 999):
+            ones, zeros, step = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([t])
+            assert diffusion.q_sample(ones, step, zeros).item() == pytest.approx(mean, rel=1e-6)
+            assert diffusion.q_sample(zeros, step, ones).item() == pytest.approx(math.sqrt(variance), rel=1e-6)
+
+
+@pytest.mark.parametrize("t", [1, 2, 50, 500, 999])
+def test_posterior_is_bayes_rule(t):
+    """q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0): integrated on a fine grid."""
+    betas, alpha_bars = paper_schedule()
+    x_0, x_t = 0.3, -0.2
+    step = torch.tensor([t])
+    mean, variance, log_variance = ddpm.Diffusion().q_posterior(
+        torch.full((1, 1, 1, 1), x_0), torch.full((1, 1, 1, 1), x_t), step
+    )
+    x = np.linspace(-8, 8, 1_600_001)
+    log_density = (-((x_t - math.sqrt(1 - betas[t]) * x) ** 2) / (2 * betas[t])
+                   - (x - math.sqrt(alpha_bars[t - 1]) * x_0) ** 2 / (2 * (1 - alpha_bars[t - 1])))
+    density = np.exp(log_density - log_density.max())
+    density /= density.sum()
+    expected_mean = (density * x).sum()
+    expected_variance = (density * (x - expected_mean) ** 2).sum()
+    assert mean.item() == pytest.approx(expected_mean, abs=1e-5)
+    assert variance.item() == pytest.approx(expected_variance, rel=1e-4)
+    assert log_variance.item() == pytest.approx(math.log(expected_variance), abs=1e-4)
+
+
+def test_first_posterior_is_x_0_itself():
+    x_0, x_t = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    mean, variance, log_variance = ddpm.Diffusion().q_posterior(x_0, x_t, torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(mean, x_0)
+    assert variance.max() == 0 and torch.isfinite(log_variance).all()
+
+
+# Algorithm 1
+
+
+def test_eps_and_x_0_give_back_each_other():
+    diffusion, t = ddpm.Diffusion(), torch.tensor([0, 10, 500, 999])
+    x_0, eps = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8)
+    recovered = diffusion.predict_x0(diffusion.q_sample(x_0, t, eps), t, eps)
+    torch.testing.assert_close(recovered, x_0, atol=2e-4, rtol=0)
+
+
+def test_loss_is_zero_for_whoever_knows_the_noise_and_one_for_whoever_says_nothing():
+    diffusion = ddpm.Diffusion()
+    black = torch.zeros(64, 3, 8, 8)  # with x_0 = 0 the noise can be read off x_t
+    knows = diffusion.loss(lambda x_t, t: x_t / ddpm.at(diffusion.sqrt_one_minus_alpha_bars, t), black)
+    says_nothing = diffusion.loss(lambda x_t, t: torch.zeros_like(x_t), black)
+    assert knows.item() < 1e-10
+    assert says_nothing.item() == pytest.approx(1, abs=0.03)
+
+
+def test_loss_draws_every_step_equally_often():
+    drawn = []
+    diffusion = ddpm.Diffusion(50)
+    for _ in range(20):
+        diffusion.loss(lambda x_t, t: drawn.append(t) or x_t, torch.zeros(1000, 1, 1, 1))
+    counts = torch.cat(drawn).bincount(minlength=50)
+    assert len(counts) == 50  # no step beyond the last
+    assert counts.min() > 300 and counts.max() < 500  # 400 each, the first and the last step too
+
+
+# Algorithm 2 and DDIM
+
+
+class GaussianData:
+    """The best possible eps for pictures whose pixels are N(mean, std^2): E[eps | x_t], in closed form."""
+
+    def __init__(self, diffusion, mean=0.3, std=0.1):
+        self.alpha_bars, self.mean, self.std = diffusion.alpha_bars.double(), mean, std
+
+    def __call__(self, x_t, t):
+        alpha_bar = self.alpha_bars[t].view(-1, 1, 1, 1)
+        variance = alpha_bar * self.std**2 + 1 - alpha_bar
+        return ((1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * self.mean) / variance).to(x_t.dtype)
+
+
+@pytest.mark.parametrize("variance", ["fixedlarge", "fixedsmall"])
+def test_algorithm_2_with_the_optimal_network_gives_back_the_data(variance):
+    diffusion = ddpm.Diffusion(variance=variance)
+    x_0 = diffusion.sample(GaussianData(diffusion), (16, 1, 32, 32))
+    assert x_0.mean().item() == pytest.approx(0.3, abs=0.005)
+    assert x_0.std().item() == pytest.approx(0.1, rel=0.04)
+
+
+@pytest.mark.parametrize("steps", [1000, 50])
+def test_ddim_without_noise_gives_back_the_data(steps):
+    diffusion = ddpm.Diffusion()
+    x_0 = diffusion.sample(GaussianData(diffusion), (16, 1, 32, 32), steps=steps, eta=0.0)
+    assert x_0.mean().item() == pytest.approx(0.3, abs=0.005)
+    assert x_0.std().item() == pytest.approx(0.1, rel=0.05 if steps == 1000 else 0.2)
+
+
+def test_ddim_at_all_steps_with_eta_1_is_algorithm_2_with_the_posterior_variance():
+    diffusion = ddpm.Diffusion(variance="fixedsmall").double()
+    model = GaussianData(diffusion)
+    algorithm_2 = diffusion.sample(model, (2, 3, 8, 8), seed=3)
+    ddim = diffusion.sample(model, (2, 3, 8, 8), steps=1000, eta=1.0, seed=3)
+    torch.testing.assert_close(ddim, algorithm_2, atol=1e-4, rtol=0)
+    assert algorithm_2.std() > 0.05  # pictures, not a constant
+
+
+def test_reverse_mean_is_equation_11_when_nothing_is_clipped():
+    betas, alpha_bars = paper_schedule()
+    diffusion, t = ddpm.Diffusion(), torch.tensor([0, 1, 300, 999])
+    eps = torch.randn(4, 3, 8, 8)
+    x_t = diffusion.q_sample(torch.rand(4, 3, 8, 8) - 0.5, t, eps)
+    mean, variance, _, x_0 = diffusion.p_mean_variance(lambda x, t: eps, x_t, t)
+    for i, step in enumerate(t.tolist()):
+        expected = (x_t[i] - betas[step] / math.sqrt(1 - alpha_bars[step]) * eps[i]) / math.sqrt(1 - betas[step])
+        torch.testing.assert_close(mean[i], expected, atol=1e-4, rtol=0)
+    assert variance[3].item() == pytest.approx(betas[999], rel=1e-5)
+    assert x_0.abs().max() <= 0.51
+
+
+def test_predicted_x_0_is_kept_where_pictures_are():
+    diffusion, t = ddpm.Diffusion(), torch.tensor([999])
+    mean, _, _, x_0 = diffusion.p_mean_variance(lambda x, t: torch.zeros_like(x), torch.full((1, 1, 2, 2), 3.0), t)
+    assert x_0.max() == 1
+    expected, _, _ = diffusion.q_posterior(torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 3.0), t)
+    torch.testing.assert_close(mean, expected)
+
+
+def test_reverse_variance_is_the_one_asked_for_and_beta_tilde_2_at_the_first_step():
+    betas, alpha_bars = paper_schedule()
+    beta_tilde = (1 - alpha_bars[:-1]) / (1 - alpha_bars[1:]) * betas[1:]  # of the paper's steps 2..T
+    for name, later in (("fixedlarge", betas[1:]), ("fixedsmall", beta_tilde)):
+        t = torch.arange(1000)
+        x = torch.zeros(1000, 1, 1, 1)
+        _, variance, log_variance, _ = ddpm.Diffusion(variance=name).p_mean_variance(lambda x, t: x, x, t)
+        expected = np.concatenate([beta_tilde[:1], later])
+        np.testing.assert_allclose(variance.flatten(), expected, rtol=1e-5)
+        np.testing.assert_allclose(log_variance.flatten(), np.log(expected), atol=1e-5)
+
+
+def test_the_last_step_adds_no_noise_and_the_others_do():
+    diffusion, x_t = ddpm.Diffusion(), torch.randn(2, 1, 4, 4)
+    zero, one = torch.tensor([0, 0]), torch.tensor([1, 1])
+    assert torch.equal(diffusion.p_sample(lambda x, t: x, x_t, zero), diffusion.p_sample(lambda x, t: x, x_t, zero))
+    assert not torch.equal(diffusion.p_sample(lambda x, t: x, x_t, one), diffusion.p_sample(lambda x, t: x, x_t, one))
+
+
+@pytest.mark.parametrize("steps, expected", [(None, list(range(999, -1, -1))), (1, [999]), (2, [999, 0])])
+def test_sampling_visits_the_steps_it_should(steps, expected):
+    visited = []
+    ddpm.Diffusion().sample(lambda x, t: visited.append(t.tolist()) or x, (2, 1, 2, 2), steps=steps)
+    assert visited == [[t, t] for t in expected]
+
+
+def test_picture_i_of_a_seed_does_not_depend_on_its_batch():
+    diffusion = ddpm.Diffusion(50)
+    model = GaussianData(diffusion)
+    together = diffusion.sample(model, (5, 3, 8, 8), seed=7)
+    torch.testing.assert_close(diffusion.sample(model, (2, 3, 8, 8), seed=7, first=3), together[3:])
+    assert not torch.equal(together[0], together[1])
+    assert not torch.equal(diffusion.sample(model, (5, 3, 8, 8), seed=8), together)
+
+
+@pytest.mark.parametrize("steps", [0, 1001, -3])
+def test_impossible_numbers_of_sampling_steps_are_refused(steps):
+    with pytest.raises(ddpm.UserError, match=f"{steps} sampling steps"):
+        ddpm.Diffusion().sample(lambda x, t: x, (1, 1, 2, 2), steps=steps)
+
+
+# The network
+
+
+def test_networks_have_exactly_the_papers_parameters():
+    with torch.device("meta"):
+        cifar10 = ddpm.UNet()
+        celebahq256 = ddpm.UNet(image_size=256, channel_mults=(1, 1, 2, 2, 4, 4), dropout=0.0)
+    assert sum(p.numel() for p in cifar10.parameters()) == 35_746_307
+    assert sum(p.numel() for p in celebahq256.parameters()) == 113_673_219
+
+
+@pytest.mark.parametrize("preset", ddpm.PRESETS)
+def test_every_preset_builds_and_needs_no_size_changed(preset):
+    with torch.device("meta"):
+        model, diffusion = ddpm.build(ddpm.PRESETS[preset])
+    size = ddpm.PRESETS[preset].image_size
+    out = model(torch.empty(2, 3, size, size, device="meta"), torch.zeros(2, dtype=torch.long, device="meta"))
+    assert out.shape == (2, 3, size, size) and diffusion.timesteps == 1000
+
+
+@pytest.mark.parametrize("size, channels, mults, attention", [
+    (32, 3, (1, 2, 2, 2), (16,)), (8, 1, (1,), ()), (12, 1, (1, 2), (12, 6)), (64, 3, (1, 1, 2), (16,)), (1, 3, (1,), (1,)),
+])
+def test_network_answers_in_the_shape_of_its_question(size, channels, mults, attention):
+    model = ddpm.UNet(size, channels, 32, mults, 1, attention)
+    x_t = torch.randn(2, channels, size, size)
+    assert model(x_t, torch.tensor([0, 999])).shape == x_t.shape
+
+
+def test_untrained_network_predicts_no_noise_and_learns_in_all_its_parts():
+    model = ddpm.UNet(16, 3, 32, (1, 2), 1, (8,), 0.0)
+    x_t, t = torch.randn(2, 3, 16, 16), torch.tensor([5, 900])
+    assert model(x_t, t).abs().max() == 0  # the last convolution starts at zero
+    for name, weights in model.named_parameters():
+        if name.endswith(("conv2.weight", "proj_out.weight", "conv_out.weight")):
+            assert weights.abs().max() == 0
+            nn.init.normal_(weights, std=0.1)
+        elif weights.dim() > 1:  # Xavier uniform: variance 2 / (fan_in + fan_out)
+            fan_in, fan_out = weights[0].numel(), weights.numel() // weights.shape[1]
+            assert weights.var().item() == pytest.approx(2 / (fan_in + fan_out), rel=0.2)
+    model(x_t, t).square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    # every weight matters but the key's bias, which shifts all logits of a query alike, and softmax ignores
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.grad.abs().max() < 1e-9} <= {"k"}
+
+
+def test_network_is_told_the_time_and_each_picture_its_own():
+    model = ddpm.UNet(8, 1, 32, (1,), 1, (), 0.0)
+    for weights in model.parameters():
+        nn.init.normal_(weights, std=0.1)
+    x = torch.randn(1, 1, 8, 8).expand(2, -1, -1, -1)
+    early_late = model(x, torch.tensor([3, 700]))
+    assert not torch.allclose(early_late[0], early_late[1], atol=1e-3)
+    torch.testing.assert_close(model(x, torch.tensor([700, 3])), early_late.flip(0))
+
+
+def test_embedding_is_sines_then_cosines_from_1_to_one_ten_thousandth():
+    embedding = ddpm.sinusoidal_embedding(torch.tensor([0, 1, 999]), 128)
+    for row, t in zip(embedding, (0, 1, 999)):
+        angles = [t * 10000 ** (-i / 63) for i in range(64)]
+        np.testing.assert_allclose(row, [math.sin(a) for a in angles] + [math.cos(a) for a in angles], atol=2e-4)
+
+
+def test_attention_is_softmax_over_all_positions():
+    attention = ddpm.Attention(32)
+    x = torch.randn(2, 32, 3, 3)
+    h = nn.functional.group_norm(x, 32, attention.norm.weight, attention.norm.bias, eps=1e-6)
+    expected = torch.empty_like(x)
+    for b in range(2):
+        rows = h[b].flatten(1).T  # (positions, channels)
+        q, k, v = attention.q(rows), attention.k(rows), attention.v(rows)
+        weights = torch.softmax(q @ k.T / math.sqrt(32), dim=1)
+        expected[b] = x[b] + attention.proj_out(weights @ v).T.view(32, 3, 3)
+    torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_halving_looks_one_pixel_past_the_right_and_the_bottom_only():
+    model = ddpm.UNet(4, 1, 32, (1, 1), 1, (), 0.0)
+    nn.init.ones_(model.downsample[0].weight)
+    model.downsample[0].bias.data.zero_()
+    seen = []
+    model.downsample[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.conv_in.weight.data.zero_()  # all ones reach the downsampling: its blocks start as nothing
+    model.conv_in.bias.data.fill_(1)
+    model(torch.zeros(1, 1, 4, 4), torch.tensor([0]))
+    # a 3x3 window sees nine ones in the corner at the top left, and zeros past the other edges
+    assert (seen[0][0, 0] / 32).tolist() == [[9, 6], [6, 4]]
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    ({"image_size": 30}, "30 can't be halved 3 times .4 levels.: use a multiple of 8"),
+    ({"base_channels": 48}, "48 base channels.*multiple of 32"),
+    ({"attention_resolutions": (7,)}, r"attention at \(7,\).*\[32, 16, 8, 4\]"),
+])
+def test_networks_that_cannot_be_are_refused_with_what_would_fit(kwargs, message):
+    with pytest.raises(ddpm.UserError, match=message):
+        ddpm.UNet(**kwargs)
+
+
+# Data
+
+
+def test_pixels_go_to_minus_1_to_1_and_back_without_loss():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    unit = ddpm.to_unit(pixels)
+    assert unit.dtype == torch.float32 and unit[0] == -1 and unit[255] == 1
+    assert torch.equal(ddpm.to_uint8(unit), pixels)
+    nudged = ddpm.to_uint8(unit + 0.49 / 127.5)  # a truncating cast would be right here and wrong below
+    assert torch.equal(nudged, pixels) and torch.equal(ddpm.to_uint8(unit - 0.49 / 127.5), pixels)
+    assert ddpm.to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+
+def colour(image, channels=3, size=8):
+    """The one colour of a picture as the program reads it."""
+    image.info.setdefault("test", True)
+    pixels = ddpm.read_picture(image, size, channels)
+    assert pixels.shape == (channels, size, size) and pixels.dtype == np.uint8
+    assert (pixels == pixels[:, :1, :1]).all()
+    return pixels[:, 0, 0].tolist()
+
+
+def saved(image, name, **options):
+    image.save(name, **options)
+    return Image.open(name)
+
+
+def test_pictures_of_every_mode_are_read_as_a_person_sees_them():
+    size = (20, 20)
+    assert colour(saved(Image.new("RGB", size, (10, 200, 30)), "rgb.png")) == [10, 200, 30]
+    assert colour(saved(Image.new("RGBA", size, (0, 0, 0, 0)), "clear.png")) == [255, 255, 255]  # transparent: white
+    half = colour(saved(Image.new("RGBA", size, (255, 0, 0, 128)), "half.png"))
+    assert half[0] == 255 and abs(half[1] - 127) <= 1 and half[1] == half[2]
+    assert colour(saved(Image.new("LA", size, (0, 0)), "la.png")) == [255, 255, 255]
+    palette = Image.new("P", size, 0)
+    palette.putpalette([9, 99, 199] * 256)
+    assert colour(saved(palette, "palette.png")) == [9, 99, 199]
+    assert colour(saved(palette, "clear-palette.png", transparency=0)) == [255, 255, 255]
+    assert colour(saved(palette, "clear.gif", transparency=0)) == [255, 255, 255]
+    assert colour(saved(Image.new("L", size, 77), "grey.png")) == [77, 77, 77]
+    assert colour(saved(Image.new("1", size, 1), "bit.png")) == [255, 255, 255]
+    deep = Image.fromarray(np.full(size, 0x8080, np.uint16))
+    assert colour(saved(deep, "deep.png")) == [128, 128, 128]
+    assert colour(saved(deep, "deep.tiff")) == [128, 128, 128]
+    cmyk = colour(saved(Image.new("CMYK", size, (0, 255, 255, 0)), "cmyk.jpg", quality=100))
+    assert cmyk[0] > 200 and max(cmyk[1:]) < 60  # no cyan, all magenta and yellow: red
+    assert colour(saved(Image.new("RGB", size, (255, 255, 255)), "white.bmp"), channels=1) == [255]
+
+
+def test_pictures_are_turned_as_the_camera_was_held():
+    image = Image.new("RGB", (16, 16), "white")
+    image.paste("black", (0, 0, 16, 8))  # the top half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned clockwise by a quarter: what is at the top goes to the right
+    image.save("turned.jpg", exif=exif, quality=95)
+    pixels = ddpm.read_picture("turned.jpg", 16, 1)[0]
+    assert pixels[:, :7].min() > 200 and pixels[:, 9:].max() < 55
+
+
+def test_long_pictures_are_cropped_not_squashed_and_small_ones_enlarged():
+    image = Image.new("L", (300, 100), 255)
+    image.paste(0, (100, 0, 200, 100))  # the middle square is black
+    assert ddpm.read_picture(image, 20, 1).max() == 0
+    assert ddpm.read_picture(Image.new("L", (1, 1), 7), 20, 1).tolist() == [[[7] * 20] * 20]
+    assert ddpm.read_picture(Image.new("L", (20_000, 2), 7), 20, 1).tolist() == [[[7] * 20] * 20]
+
+
+def test_resizing_does_not_alias():
+    stripes = np.tile(np.array([0, 255], np.uint8), (256, 128))  # one pixel wide, gone at a tenth of the size
+    pixels = ddpm.read_picture(Image.fromarray(stripes), 24, 1)
+    assert abs(pixels.astype(int) - 127).max() < 20
+
+
+def test_broken_files_are_skipped_counted_and_named(capsys):
+    folder_of_shapes(5)
+    whole = Path("images/0.png").read_bytes()
+    Path("images/sub").mkdir()
+    Path("images/sub/cut.PNG").write_bytes(whole[: len(whole) // 2])
+    Path("images/empty.jpg").write_bytes(b"")
+    Path("images/words.png").write_text("not a picture")
+    Path("images/notes.txt").write_text("not looked at")
+    Path("images/._0.png").write_text("what another system left behind")
+    assert run("train", "--data", "images", "--steps", 1, *FAST) == 0
+    out = capsys.readouterr().out
+    assert "(3 so far)" in out and "5 pictures" in out
+    assert all(name in out for name in ("cut.PNG", "empty.jpg", "words.png"))
+    assert "notes.txt" not in out
+
+
+def test_an_image_folder_with_links_in_a_circle_is_read_once():
+    folder_of_shapes(3)
+    try:
+        Path("images/again").symlink_to(Path("images").resolve(), target_is_directory=True)
+    except OSError:
+        pytest.skip("this system does not let this user make links")
+    assert len(ddpm.Pictures("images", 8, 3)) == 3
+
+
+def test_one_class_of_a_folder_or_a_set(capsys):
+    folder_of_shapes(3, "images/ship")
+    folder_of_shapes(4, "images/train/car")
+    assert len(ddpm.Pictures("images", 8, 3)) == 7
+    assert len(ddpm.Pictures("images", 8, 3, only="car")) == 4
+    circles = ddpm.Pictures("shapes", 8, 3, only="Circle")
+    assert len(circles) == 3334 and circles[1].shape == (3, 8, 8)
+    assert len(ddpm.Pictures("shapes", 8, 3, only="2")) == 3333
+    with pytest.raises(ddpm.UserError, match="no class 'ship', it has: circle, square, triangle"):
+        ddpm.Pictures("shapes", 8, 3, only="ship")
+    with pytest.raises(ddpm.UserError, match="no sub-folder 'plane'"):
+        ddpm.Pictures("images", 8, 3, only="plane")
+
+
+def test_mnist_is_read_where_the_download_would_have_put_it(capsys):
+    raw = Path("data/FashionMNIST/raw")
+    raw.mkdir(parents=True)
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
+    for part in ("train", "t10k"):
+        header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in pictures.shape)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pictures.tobytes())
+        labels = bytes(i % 10 for i in range(20))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + (20).to_bytes(4, "big") + labels)
+    assert np.array_equal(ddpm.Pictures("fashion-mnist", 28, 1)[3][0], pictures[3])
+    assert len(ddpm.Pictures("fashion-mnist", 28, 1, only="sneaker")) == 2
+    assert run("train", "--data", "fashion-mnist", "--steps", 1, *FAST) == 0
+    assert ckpt("runs/fashion-mnist")["config"]["channels"] == 1
+
+
+def test_every_epoch_shows_each_picture_once_in_a_new_order():
+    numbers = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    config = ddpm.Config(batch_size=4)
+    data = ddpm.training_batches(numbers, config, 0, torch.device("cpu"))
+    seen = torch.cat([next(data).flatten() for _ in range(10)])  # four epochs
+    for epoch in seen.view(4, 10):
+        assert sorted(epoch.tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:20].tolist()
+    later = ddpm.training_batches(numbers, config, 6, torch.device("cpu"))
+    assert torch.equal(next(later).flatten(), seen[24:28])  # taken up in the middle
+
+
+# Training
+
+
+def test_a_tiny_network_learns_one_picture_and_draws_it():
+    torch.manual_seed(1)
+    picture = torch.rand(1, 1, 8, 8).round() * 1.6 - 0.8
+    diffusion = ddpm.Diffusion(100)
+    model = ddpm.UNet(8, 1, 32, (1, 2), 1, (4,), 0.0)
+    ema = ddpm.EMA(model, 0.98)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    losses = []
+    for step in range(400):
+        loss = diffusion.loss(model, picture.expand(32, -1, -1, -1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(model, step)
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(1, abs=0.1)
+    assert np.mean(losses[-50:]) < 0.1 * losses[0]
+    for drawn in (diffusion.sample(ema.model, (4, 1, 8, 8)), diffusion.sample(ema.model, (4, 1, 8, 8), steps=20)):
+        assert (drawn - picture).abs().mean() < 0.1
+        assert ((drawn > 0) == (picture > 0)).all()
+
+
+def test_ema_is_the_weighted_sum_of_all_past_weights():
+    model = nn.Linear(1, 1, bias=False)
+    ema = ddpm.EMA(model, 0.9)
+    expected = model.weight.item()
+    for step in range(200):
+        model.weight.data.fill_(math.sin(step))
+        ema.update(model, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * math.sin(step)
+    assert ema.model.weight.item() == pytest.approx(expected, abs=1e-5)
+    assert ema.model.weight.dtype == torch.float32 and not ema.model.weight.requires_grad
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_resumed_run_ends_bit_for_bit_where_an_unbroken_one_does(amp):
+    flags = ["--data", folder_of_shapes(7), *FAST, "--amp", amp, "--dropout", "0.1", "--accumulate", "2"]
+    assert run("train", *flags, "--steps", 6, "--out", "whole") == 0
+    assert run("train", *flags, "--steps", 4, "--out", "halves") == 0
+    assert run("train", "--resume", "--steps", 6, "--out", "halves", "--amp", amp, "--device", "cpu") == 0
+    whole, halves = ckpt("whole"), ckpt("halves")
+    assert whole["step"] == halves["step"] == 6
+    for part in ("model", "ema", "optimizer", "scaler"):
+        assert same(whole[part], halves[part]), part
+    assert not same(whole["model"], whole["ema"])
+
+
+def test_the_log_of_a_resumed_run_holds_each_step_once():
+    flags = ["--data", folder_of_shapes(3), *FAST, "--log-every", "1", "--out", "run"]
+    assert run("train", *flags, "--steps", 3) == 0
+    with open("run/log.csv", "a") as file:
+        file.write("4,0.5,0.0002,0.1,99.0\n5,0.5")  # written after the last checkpoint, the last row cut short
+    assert run("train", "--resume", "--out", "run", "--steps", 6) == 0
+    header, *rows = Path("run/log.csv").read_text().splitlines()
+    assert header == "step,loss,lr,grad_norm,images_per_s"
+    assert [row.split(",")[0] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert "99.0" not in rows[3]
+    rates = [float(row.split(",")[2]) for row in rows]
+    assert rates[0] == pytest.approx(rates[1] / 2) and rates[1] == rates[5]  # --warmup 2
+
+
+def test_streaming_from_disk_trains_on_the_same_pictures_as_from_memory():
+    flags = ["--data", folder_of_shapes(6), *FAST, "--steps", "3"]
+    assert run("train", *flags, "--out", "memory") == 0
+    assert run("train", *flags, "--out", "disk", "--cache-gb", "0") == 0
+    assert same(ckpt("memory")["model"], ckpt("disk")["model"])
+
+
+def test_streaming_is_done_by_workers_and_survives_broken_pictures(capsys):
+    folder_of_shapes(1024)
+    for i in range(0, 1024, 2):
+        Path(f"images/{i}.png").write_text("broken")
+    assert run("train", "--data", "images", *FAST, "--steps", "3", "--cache-gb", "0", "--workers", "2") == 0
+    assert "skipped a broken picture (1 so far)" in capsys.readouterr().out
+
+
+def test_fine_tuning_starts_from_the_ema_weights_of_another_run(capsys):
+    flags = ["--data", folder_of_shapes(3), *FAST]
+    assert run("train", *flags, "--steps", 5, "--out", "general") == 0
+    tuned = ["train", "--init-from", "general/ckpt.pt", "--data", "shapes", "--class", "circle", "--device", "cpu"]
+    assert run(*tuned, "--lr", 0, "--steps", 1, "--out", "tuned") == 0
+    general, special = ckpt("general"), ckpt("tuned")
+    assert special["step"] == 1 and special["config"]["only"] == "circle"
+    assert same(special["model"], general["ema"])  # with a learning rate of 0 they stay what they began as
+    assert run(*tuned, "--base-channels", 64, "--out", "other") == 2
+    assert "--base-channels 64 does not fit" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(capsys):
+    flags = ["--data", folder_of_shapes(3), *FAST, "--out", "run", "--steps", 2]
+    assert run("train", *flags) == 0
+    before = Path("run/ckpt.pt").read_bytes()
+    capsys.readouterr()
+    assert run("train", "--resume", "--out", "run", "--steps", 50, "--lr", 1e30, "--ckpt-every", 5) == 2
+    assert "not finite" in capsys.readouterr().err
+    assert Path("run/ckpt.pt").read_bytes() == before
+
+
+def test_a_run_folder_with_a_checkpoint_is_never_overwritten(capsys):
+    flags = ["--data", folder_of_shapes(3), *FAST, "--steps", 1]
+    assert run("train", *flags) == 0
+    before = Path("runs/images/ckpt.pt").read_bytes()
+    assert run("train", *flags) == 2
+    error = capsys.readouterr().err
+    assert "--resume" in error and "--out" in error
+    assert Path("runs/images/ckpt.pt").read_bytes() == before
+
+
+def test_a_failed_save_leaves_the_checkpoint_before_it(monkeypatch, capsys):
+    flags = ["--data", folder_of_shapes(3), *FAST, "--out", "run"]
+    assert run("train", *flags, "--steps", 1) == 0
+    before = Path("run/ckpt.pt").read_bytes()
+
+    def full_disk(checkpoint, path):
+        Path(path).write_bytes(b"half a check")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full_disk)
+        assert run("train", "--resume", "--out", "run", "--steps", 2) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert Path("run/ckpt.pt").read_bytes() == before
+    assert run("train", "--resume", "--out", "run", "--steps", 2) == 0
+    assert not list(Path("run").glob("*.tmp"))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another():
+    flags = ["--data", folder_of_shapes(5), *FAST, "--steps", 2]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run("train", *flags, "--out", name, "--seed", seed) == 0
+    assert same(ckpt("a")["model"], ckpt("b")["model"])
+    assert not same(ckpt("a")["model"], ckpt("c")["model"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_training_on_an_accelerator_goes_on_and_is_sampled_without_one(amp):
+    flags = ["--data", folder_of_shapes(5), *FAST[:-2], "--device", "cuda", "--amp", amp, "--out", "run"]
+    assert run("train", *flags, "--steps", 3) == 0
+    assert run("train", "--resume", "--out", "run", "--steps", 5, "--device", "cuda", "--amp", amp) == 0
+    assert all(torch.isfinite(weights).all() for weights in ckpt("run")["ema"].values())
+    assert run("sample", "--ckpt", "run/ckpt.pt", "-n", 2, "--device", "cpu") == 0
+
+
+# Sampling
+
+
+def test_sample_writes_a_grid_single_pictures_and_a_film(capsys):
+    assert run("train", "--data", folder_of_shapes(3), *FAST, "--steps", 1) == 0
+    assert run("sample", "-n", 5, "--gif", "--individual", "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    assert "runs" in out and "samples-000.png" in out
+    grid = Image.open("runs/images/samples-000.png")
+    assert grid.size == (3 * 10 + 2, 2 * 10 + 2)  # 3 by 2 pictures of 8 pixels, 2 pixels between
+    singles = sorted(Path("runs/images/samples-000").iterdir())
+    assert len(singles) == 5
+    assert np.array_equal(np.array(Image.open(singles[4])), np.array(grid)[12:20, 12:20])
+    film = Image.open("runs/images/samples-000.gif")
+    assert film.n_frames > 20 and film.size == grid.size
+    film.seek(film.n_frames - 1)
+    assert np.abs(np.array(film.convert("RGB"), int) - np.array(grid, int)).mean() < 10  # it ends with the pictures
+
+
+def test_pictures_of_a_seed_are_the_same_whatever_the_number_and_the_batch():
+    assert run("train", "--data", folder_of_shapes(3), *FAST, "--steps", 3) == 0
+    common = ["--device", "cpu", "--amp", "off", "--seed", 5, "--individual"]
+    assert run("sample", "-n", 5, "--batch-size", 2, "--out", "a.png", *common) == 0
+    assert run("sample", "-n", 4, "--batch-size", 4, "--out", "b.png", *common) == 0
+    for i in range(4):
+        a, b = (np.array(Image.open(f"{name}/{i:06}.png"), int) for name in "ab")
+        assert np.abs(a - b).max() <= 1
+
+
+def test_files_of_an_earlier_sample_are_kept(capsys):
+    assert run("train", "--data", folder_of_shapes(3), *FAST, "--steps", 1) == 0
+    flags = ["sample", "-n", 1, "--steps", 2, "--device", "cpu"]
+    assert run(*flags) == run(*flags, "--seed", 1) == 0
+    assert Path("runs/images/samples-000.png").read_bytes() != Path("runs/images/samples-001.png").read_bytes()
+    assert run(*flags, "--out", "mine.png") == 0
+    before = Path("mine.png").read_bytes()
+    assert run(*flags, "--out", "mine.png", "--seed", 1) == 2
+    assert "mine.png" in capsys.readouterr().err and Path("mine.png").read_bytes() == before
+
+
+def test_sample_takes_the_newest_run_and_the_weights_asked_for():
+    flags = ["--data", folder_of_shapes(3), *FAST, "--steps", 3, "--lr", 0.1]
+    assert run("train", *flags, "--out", "runs/old") == run("train", *flags, "--out", "runs/new", "--seed", 1) == 0
+    os.utime("runs/old/ckpt.pt", (1, 1))
+    flags = ["-n", 1, "--steps", 5, "--device", "cpu", "--out"]
+    assert run("sample", *flags, "newest.png") == run("sample", "--ckpt", "runs/new/ckpt.pt", *flags, "new.png") == 0
+    assert run("sample", "--no-ema", *flags, "plain.png") == 0
+    assert Path("newest.png").read_bytes() == Path("new.png").read_bytes() != Path("plain.png").read_bytes()
+
+
+# The command line
+
+
+@pytest.mark.parametrize("args, fragments", [
+    (["train"], ["--data is missing", "shapes"]),
+    (["train", "--data", "nowhere"], ["nowhere is neither a folder nor a named set"]),
+    (["train", "--data", "."], ["holds no images (looked for .jpg"]),
+    (["train", "--data", "images", "--steps", "x"], ["--steps: invalid int value: 'x'"]),
+    (["train", "--data", "images", "--steps", "0"], ["--steps is 0: it must be at least 1"]),
+    (["train", "--data", "images", "--lr", "nan"], ["--lr is nan"]),
+    (["train", "--data", "images", "--batch-size", "6", "--accumulate", "4"], ["6", "--accumulate 4"]),
+    (["train", "--data", "images", "--image-size", "30"], ["30 can't be halved", "multiple of 8"]),
+    (["train", "--data", "images", "--preset", "huge"], ["--preset", "huge", "cifar10"]),
+    (["train", "--data", "images", "--preset", "tiny", "--resume"], ["not allowed with"]),
+    (["train", "--data", "images", "--timesteps", "10"], ["T = 10 ", "--timesteps"]),
+    (["train", "--data", "images", "--amp", "fp16", "--device", "cpu"], ["fp16", "bf16 or off"]),
+    (["train", "--resume"], ["no run below ./runs"]),
+    (["train", "--resume", "--out", "nowhere"], ["no checkpoint nowhere"]),
+    (["sample"], ["no run below ./runs", "train first"]),
+    (["sample", "--ckpt", "nothing.pt"], ["no checkpoint nothing.pt"]),
+    (["sample", "--ckpt", "broken.pt"], ["broken.pt is damaged"]),
+    (["sample", "--ckpt", "evil.pt"], ["evil.pt is damaged, or no checkpoint"]),
+    (["sample", "--ckpt", "other.pt"], ["other.pt is damaged, or no checkpoint"]),
+    (["sample", "-n", "0"], ["n is 0"]),
+    (["paint"], ["invalid choice: 'paint'"]),
+])
+def test_every_mistake_is_one_line_that_names_it_and_status_2(args, fragments, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("executed",)
+
+    torch.save(Evil(), "evil.pt")
+    torch.save({"weights": torch.ones(3)}, "other.pt")
+    Path("broken.pt").write_bytes(Path("other.pt").read_bytes()[:200])
+    if "images" in args:
+        folder_of_shapes(1)
+    assert run(*args) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert all(fragment in lines[0] for fragment in fragments), lines[0]
+    assert not Path("executed").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_an_accelerator_that_is_not_there_is_one_line(capsys):
+    assert run("train", "--data", folder_of_shapes(1), "--device", "cuda") == 2
+    assert "--device cuda" in capsys.readouterr().err
+
+
+def test_every_field_of_a_preset_has_a_flag(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run("train", "--help")
+    help_text = capsys.readouterr().out
+    assert exit_.value.code == 0
+    for name in ddpm.PRESETS["tiny"].__dict__:
+        assert ("--class" if name == "only" else f"--{name.replace('_', '-')}") in help_text
+
+
+def program(*args, **options):
+    """The program as a user starts it, in a process of its own."""
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_from_a_folder_of_pictures_to_new_ones():
+    folder_of_shapes(10)
+    trained = program("train", "--data", "./images", *FAST, "--steps", 4, "--sample-every", 2, "--log-every", 1)
+    out, err = trained.communicate(timeout=100)
+    assert trained.returncode == 0 and err == ""
+    assert "\r" not in out  # not a terminal: plain lines
+    assert "step 4/4  loss" in out and "10 pictures" in out and "python ddpm.py sample" in out
+    assert Image.open("runs/images/step-000002.png").size == (82, 82)  # 8 by 8 pictures
+    made = program("sample", "-n", 4)
+    out, err = made.communicate(timeout=100)
+    assert made.returncode == 0 and err == ""
+    assert Path("runs", "images", "ckpt.pt").as_posix() in out.replace("\\", "/")
+    assert Image.open("runs/images/samples-000.png").size == (22, 22)
+    again = program("train", "--data", "./images", *FAST)
+    out, err = again.communicate(timeout=100)
+    assert again.returncode == 2 and err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to whole consoles only")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(number):
+    folder_of_shapes(3)
+    running = program("train", "--data", "images", *FAST, "--steps", 100_000, "--log-every", 1)
+    log = Path("runs/images/log.csv")
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > 3) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.send_signal(number)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 128 + number and "Traceback" not in err
+    assert "python ddpm.py train --resume --out" in out
+    step = ckpt("runs/images")["step"]
+    assert step == int(log.read_text().splitlines()[-1].split(",")[0]) > 2
+    assert run("train", "--resume", "--steps", step + 1, "--device", "cpu") == 0
+    assert ckpt("runs/images")["step"] == step + 1
+
+
+def test_the_file_keeps_its_budget():
+    lines = SCRIPT.read_text().splitlines()
+    assert len(lines) <= 1000 and max(map(len, lines)) <= 120
