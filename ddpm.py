@@ -120,7 +120,7 @@ PRESETS = {
                           steps=500_000, batch_size=64, lr=2e-5),
     "small": Config(base_channels=64, channel_mults=(1, 2, 4, 4), attention_resolutions=(16, 8), steps=100_000,
                     warmup=1000, ema_decay=0.999),
-    "tiny": Config(base_channels=32, num_res_blocks=1, attention_resolutions=(8,), dropout=0.0, steps=3000,
+    "tiny": Config(base_channels=32, num_res_blocks=1, attention_resolutions=(8,), dropout=0.0, steps=2500,
                    batch_size=32, lr=1e-3, warmup=100, ema_decay=0.995, log_every=50, sample_every=500, ckpt_every=500),
 }
 
@@ -249,9 +249,10 @@ class Diffusion(nn.Module):
         return alpha_bar_s.sqrt() * x_0 + direction + variance.sqrt() * z  # Eq. 12
 
     @torch.no_grad()
-    def sample(self, model, shape, steps=None, eta=0.0, seed=0, first=0, on_step=None):
+    def sample(self, model, shape, steps=None, eta=1.0, seed=0, first=0, on_step=None):
         """Algorithm 2: pictures from noise, (B, C, H, W) = shape, in [-1, 1]. With `steps`, DDIM in that many steps.
 
+        DDIM with eta = 0 asks more of the network than eta = 1: after a short training it may draw speckles.
         Picture i is number first + i of this seed: its noise comes from a generator of its own, so that it does not
         depend on the batch that it is made in. `on_step(t, x_t)` is called with the input of every step.
         Raises UserError when steps is not within 1..T.
@@ -296,10 +297,14 @@ def sinusoidal_embedding(t, dim):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation in the paper's 32 groups. (B, C, H, W) -> same."""
+    """Group normalisation in the paper's 32 groups. (B, C, H, W) -> same.
+
+    Networks thinner than the paper's have fewer, of 4 channels: a group of one channel would lose its mean, and with
+    it the time embedding, which is added to whole channels.
+    """
 
     def __init__(self, channels):
-        super().__init__(32, channels, eps=1e-6)  # TensorFlow's eps, not PyTorch's 1e-5
+        super().__init__(min(32, channels // 4), channels, eps=1e-6)  # TensorFlow's eps, not PyTorch's 1e-5
 
     def forward(self, x):
         return super().forward(x.contiguous())  # PyTorch's CPU kernel takes twice as long on channels_last
@@ -360,7 +365,7 @@ class UNet(nn.Module):
             raise UserError(f"image size {image_size} can't be halved {levels - 1} times ({levels} levels): "
                             f"use a multiple of {factor}")
         if base_channels % 32:
-            raise UserError(f"{base_channels} base channels can't be normalised in 32 groups: use a multiple of 32")
+            raise UserError(f"{base_channels} base channels can't be normalised in groups: use a multiple of 32")
         sizes = [image_size // 2**level for level in range(levels)]
         if not set(attention_resolutions) <= set(sizes):
             raise UserError(f"attention at {attention_resolutions}, but this network's levels are {sizes} pixels: "
@@ -507,7 +512,8 @@ class Pictures(torch.utils.data.Dataset):
         try:
             self.set = Shapes() if data == "shapes" else SETS[data](root, download=True, **part)
         except (OSError, RuntimeError) as error:  # no network, or a damaged download
-            raise UserError(f"can't get {data} into {root} ({' '.join(str(error).split())}): check the network") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"can't get {data} into {root} ({reason}): check the network") from error
         labels = [int(label) for label in (self.set._labels if data == "flowers102" else self.set.targets)]
         names = [name.lower() for name in self.set.classes]
         wanted = names.index(only.lower()) if only.lower() in names else only
@@ -720,6 +726,7 @@ def train(config, out, device, amp, checkpoint=None):
     random state has to be kept. Of one whose step is 0 only the weights are taken. Returns the number of the signal
     that ended the run early, or 0. Raises UserError when the loss is not finite, the last checkpoint being intact.
     """
+    torch.manual_seed(config.seed)  # for the first weights
     model, diffusion = build(config)
     pictures = load_pictures(config, device)
     model, diffusion = model.to(device, memory_format=torch.channels_last), diffusion.to(device)
@@ -769,6 +776,7 @@ def train(config, out, device, amp, checkpoint=None):
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         scaler.step(optimizer)
         scaler.update()
+        rate = warmup.get_last_lr()[0]
         warmup.step()
         optimizer.zero_grad()
         ema.update(model, step)
@@ -776,7 +784,7 @@ def train(config, out, device, amp, checkpoint=None):
         done = step + 1
         saving = done % config.ckpt_every == 0 or done == config.steps or stop
         if saving or done % config.log_every == 0:  # reading the loss waits for the device: not at every step
-            loss, rate = total_loss.item() / (done - logged), warmup.get_last_lr()[0]
+            loss = total_loss.item() / (done - logged)
             if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):
                 raise UserError(f"the loss or its gradient is not finite any more at step {done}, the last checkpoint "
                                 "is from before: try a lower --lr, a longer --warmup or --amp off")
@@ -817,7 +825,7 @@ def sample_command(args):
     for name, low in (("n", 1), ("batch_size", 1), ("seed", 0), ("eta", 0)):
         if not getattr(args, name) >= low:
             raise UserError(f"{name.replace('_', ' ')} is {getattr(args, name)}: it must be at least {low}")
-    if args.eta and not args.steps:
+    if args.eta != 1 and args.steps is None:
         raise UserError("--eta is for DDIM: say in how many --steps")
     path, device = Path(args.ckpt or newest_checkpoint()), pick_device(args.device)
     checkpoint, config = load_checkpoint(path)
@@ -947,7 +955,7 @@ def main(argv=None):
     sample.add_argument("--batch-size", type=int, default=64, help="pictures made at a time [64]")
     sample.add_argument("--seed", type=int, default=0, help="another seed, other pictures [0]")
     sample.add_argument("--steps", type=int, help="DDIM in so many steps, e.g. 50, in place of Algorithm 2 in T")
-    sample.add_argument("--eta", type=float, default=0.0, help="with --steps: noise, from 0 (none) to 1 (as DDPM) [0]")
+    sample.add_argument("--eta", type=float, default=1.0, help="DDIM's noise, from 0 (none) to 1 (as much as DDPM) [1]")
     sample.add_argument("--out", help="the PNG file [samples-NUMBER.png beside the checkpoint]")
     sample.add_argument("--individual", action="store_true", help="each picture as a PNG too")
     sample.add_argument("--gif", action="store_true", help="a film of the reverse process too")
