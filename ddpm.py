@@ -41,6 +41,7 @@ import struct
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +58,12 @@ class UserError(ValueError):
     """A mistake that the user can mend. The command line prints it as one line and exits with status 2."""
 
 
-def flag(default, help, low=None, choices=None):
-    """A hyper-parameter: the default is the paper's for CIFAR-10, the help is what `--help` prints, low the least."""
-    return field(default=default, metadata={"help": help, "low": low, "choices": choices})
+def flag(default, help, low=-math.inf, high=math.inf, choices=None):
+    """A hyper-parameter: the default is the paper's for CIFAR-10, the help is what `--help` prints; its range."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+AMP = ("auto", "off", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Config:
     channel_mults: tuple = flag((1, 2, 2, 2), "channels of each level, as multiples; each halves the picture", low=1)
     num_res_blocks: int = flag(2, "residual blocks a level on the way down (one more on the way up)", low=1)
     attention_resolutions: tuple = flag((16,), "picture sizes inside the network that get self-attention", low=1)
-    dropout: float = flag(0.1, "dropout inside the residual blocks", low=0)
+    dropout: float = flag(0.1, "dropout inside the residual blocks", low=0, high=1)
     # the diffusion process
     timesteps: int = flag(1000, "T, the number of noising steps", low=1)
     beta_start: float = flag(1e-4, "noise variance of the first step, for T = 1000", low=0)
@@ -86,9 +90,10 @@ class Config:
     lr: float = flag(2e-4, "learning rate of Adam", low=0)
     warmup: int = flag(5000, "steps of linear learning-rate warm-up", low=0)
     grad_clip: float = flag(1.0, "largest global norm of the gradient", low=0)
-    ema_decay: float = flag(0.9999, "decay of the moving average of the weights", low=0)
+    ema_decay: float = flag(0.9999, "decay of the moving average of the weights", low=0, high=1)
     flip: bool = flag(True, "mirror half of the pictures, left to right")
     seed: int = flag(0, "seed of every random draw", low=0)
+    amp: str = flag("auto", "mixed precision; auto: where the device gains from it", choices=AMP)
     # the run
     data: str = flag("", "a folder of pictures, searched recursively, or shapes, mnist, fashion-mnist, cifar10, ...")
     only: str = flag("", "train on this class alone: a sub-folder's name, or a class of the named set")
@@ -101,12 +106,14 @@ class Config:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, low, choices = getattr(self, f.name), f.metadata["low"], f.metadata["choices"]
+            value, name = getattr(self, f.name), "--" + f.name.replace("_", "-")
+            low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
             for number in value if isinstance(value, tuple) else (value,):
-                if low is not None and not number >= low:
-                    raise UserError(f"--{f.name.replace('_', '-')} is {number}: it must be at least {low}")
+                if not isinstance(number, str) and not low <= number <= high:
+                    limit = f"at most {high}" if number > high else f"at least {low}"
+                    raise UserError(f"{name} is {number}: it must be {limit}")
             if choices and value not in choices:
-                raise UserError(f"--{f.name} is {value}: it must be one of {choices}")
+                raise UserError(f"{name} is {value}: it must be one of {choices}")
         if self.batch_size % self.accumulate:
             raise UserError(f"--batch-size {self.batch_size} can't be split evenly by --accumulate {self.accumulate}")
 
@@ -555,7 +562,8 @@ def read_batches(pictures, groups, workers):
         for item in items:
             if isinstance(item, str) and item not in broken:
                 broken.add(item)
-                print(f"skipped a broken picture ({len(broken)} so far): {item}", flush=True)
+                line_end = "\n" if sys.stdout.isatty() else ""  # of the progress line
+                print(f"{line_end}skipped a broken picture ({len(broken)} so far): {item}", flush=True)
         good = [item for item in items if not isinstance(item, str)]
         if good:
             yield torch.from_numpy(np.stack(good))
@@ -642,7 +650,7 @@ class Progress:
             return
         self.shown = clock
         left = (clock - self.start) / max(1, done - self.first) * (self.total - done)
-        line = f"{self.what} {done}/{self.total}{text}  {left // 60:.0f}m{left % 60:02.0f}s left"
+        line = f"{self.what} {done}/{self.total}{text}  {timedelta(seconds=round(left))} left"
         print(f"\r{line}\x1b[K" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
 
     def close(self):
@@ -690,6 +698,7 @@ def replace_file(path, write):
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's, when the disk is full
+        temporary.unlink(missing_ok=True)
         raise UserError(f"can't write {path} ({error}): what was there before is untouched") from error
 
 
@@ -706,7 +715,7 @@ def load_checkpoint(path):
 
 def newest_checkpoint():
     """The checkpoint below runs/ that was written last."""
-    files = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    files = sorted(Path("runs").glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
     if not files:
         raise UserError("there is no run below ./runs: train first, or name a checkpoint")
     return files[-1]
@@ -719,7 +728,7 @@ def start_log(path, first):
     replace_file(path, lambda file: file.write_text("\n".join(["step,loss,lr,grad_norm,images_per_s", *rows, ""])))
 
 
-def train(config, out, device, amp, checkpoint=None):
+def train(config, out, device, checkpoint=None):
     """Algorithm 1 on the pictures of config.data. Checkpoints, log.csv and grids of samples go to the folder `out`.
 
     A `checkpoint` is gone on with exactly: the random numbers of a step are a function of (seed, step), so that no
@@ -727,7 +736,7 @@ def train(config, out, device, amp, checkpoint=None):
     that ended the run early, or 0. Raises UserError when the loss is not finite, the last checkpoint being intact.
     """
     torch.manual_seed(config.seed)  # for the first weights
-    model, diffusion = build(config)
+    amp, (model, diffusion) = pick_amp(config.amp, device), build(config)
     pictures = load_pictures(config, device)
     model, diffusion = model.to(device, memory_format=torch.channels_last), diffusion.to(device)
     net = autocast(model, device, amp)
@@ -805,6 +814,7 @@ def train(config, out, device, amp, checkpoint=None):
             shape = (64, config.channels, config.image_size, config.image_size)
             samples = diffusion.sample(autocast(ema.model, device, amp), shape, steps=min(50, config.timesteps))
             replace_file(out / f"step-{done:06}.png", lambda path: grid(to_uint8(samples)).save(path, format="PNG"))
+            logged_at = time.monotonic()  # sampling does not count as slow training
     progress.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -918,7 +928,7 @@ def train_command(args):
                             f"which were trained with {getattr(base, name)}")
     if args.resume and checkpoint["step"] >= config.steps:
         raise UserError(f"{path} is at step {checkpoint['step']} of {config.steps} already: give it more with --steps")
-    number = train(config, out, device, pick_amp(args.amp, device), checkpoint)
+    number = train(config, out, device, checkpoint)
     if number:
         print(f"stopped and saved; to go on: python ddpm.py train --resume --out {out}")
         return 128 + number
@@ -940,7 +950,7 @@ def main(argv=None):
     for f in dataclasses.fields(Config):
         options = {"type": type(f.default), "choices": f.metadata["choices"]}
         if isinstance(f.default, tuple):
-            options = {"type": int, "nargs": "*"}
+            options = {"type": int, "nargs": "*" if f.name == "attention_resolutions" else "+"}
         elif isinstance(f.default, bool):
             options = {"action": argparse.BooleanOptionalAction}
         values = ", ".join(f"{name} {getattr(preset, f.name)}" for name, preset in PRESETS.items())
@@ -959,11 +969,10 @@ def main(argv=None):
     sample.add_argument("--out", help="the PNG file [samples-NUMBER.png beside the checkpoint]")
     sample.add_argument("--individual", action="store_true", help="each picture as a PNG too")
     sample.add_argument("--gif", action="store_true", help="a film of the reverse process too")
+    sample.add_argument("--amp", choices=AMP, default="auto", help="mixed precision [auto]")
     sample.add_argument("--no-ema", action="store_true", help="the weights themselves, not their moving average")
     for command in (train_parser, sample):
         command.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="[auto]")
-        command.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
-                             help="mixed precision; auto: where the device gains from it [auto]")
     try:
         args = parser.parse_args(argv)
         return args.run(args)

@@ -477,8 +477,9 @@ def test_one_class_of_a_folder_or_a_set(capsys):
         ddpm.Pictures("images", 8, 3, only="plane")
 
 
-def test_mnist_is_read_where_the_download_would_have_put_it(capsys):
-    raw = Path("data/FashionMNIST/raw")
+@pytest.mark.parametrize("name, folder, flip", [("mnist", "MNIST", False), ("fashion-mnist", "FashionMNIST", True)])
+def test_a_downloaded_set_is_read_in_grey_and_digits_are_not_mirrored(name, folder, flip):
+    raw = Path("data", folder, "raw")  # where the download puts it
     raw.mkdir(parents=True)
     pictures = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
     for part in ("train", "t10k"):
@@ -486,10 +487,11 @@ def test_mnist_is_read_where_the_download_would_have_put_it(capsys):
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pictures.tobytes())
         labels = bytes(i % 10 for i in range(20))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + (20).to_bytes(4, "big") + labels)
-    assert np.array_equal(ddpm.Pictures("fashion-mnist", 28, 1)[3][0], pictures[3])
-    assert len(ddpm.Pictures("fashion-mnist", 28, 1, only="sneaker")) == 2
-    assert run("train", "--data", "fashion-mnist", "--steps", 1, *FAST) == 0
-    assert ckpt("runs/fashion-mnist")["config"]["channels"] == 1
+    assert np.array_equal(ddpm.Pictures(name, 28, 1)[3][0], pictures[3])
+    assert len(ddpm.Pictures(name, 28, 1, only="7")) == 2
+    assert run("train", "--data", name, "--steps", 1, *FAST) == 0
+    config = ckpt(f"runs/{name}")["config"]
+    assert config["channels"] == 1 and config["flip"] == flip
 
 
 def test_every_epoch_shows_each_picture_once_in_a_new_order():
@@ -547,7 +549,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_unbroken_one_does(amp):
     flags = ["--data", folder_of_shapes(7), *FAST, "--amp", amp, "--dropout", "0.1", "--accumulate", "2"]
     assert run("train", *flags, "--steps", 6, "--out", "whole") == 0
     assert run("train", *flags, "--steps", 4, "--out", "halves") == 0
-    assert run("train", "--resume", "--steps", 6, "--out", "halves", "--amp", amp, "--device", "cpu") == 0
+    assert run("train", "--resume", "--steps", 6, "--out", "halves", "--device", "cpu") == 0
     whole, halves = ckpt("whole"), ckpt("halves")
     assert whole["step"] == halves["step"] == 6
     for part in ("model", "ema", "optimizer", "scaler"):
@@ -629,9 +631,15 @@ def test_a_failed_save_leaves_the_checkpoint_before_it(monkeypatch, capsys):
         patched.setattr(torch, "save", full_disk)
         assert run("train", "--resume", "--out", "run", "--steps", 2) == 2
     assert "No space left" in capsys.readouterr().err
+    assert not list(Path("run").glob("*.tmp"))
     assert Path("run/ckpt.pt").read_bytes() == before
     assert run("train", "--resume", "--out", "run", "--steps", 2) == 0
-    assert not list(Path("run").glob("*.tmp"))
+
+
+def test_one_picture_smaller_than_the_network_is_enough():
+    Path("images").mkdir()
+    Image.new("RGB", (3, 5), "red").save("images/only.bmp")
+    assert run("train", "--data", "images", *FAST, "--steps", 2) == 0
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another():
@@ -712,6 +720,8 @@ def test_sample_takes_the_newest_run_and_the_weights_asked_for():
     (["train", "--data", "images", "--steps", "x"], ["--steps: invalid int value: 'x'"]),
     (["train", "--data", "images", "--steps", "0"], ["--steps is 0: it must be at least 1"]),
     (["train", "--data", "images", "--lr", "nan"], ["--lr is nan"]),
+    (["train", "--data", "images", "--dropout", "1.5"], ["--dropout is 1.5", "at most 1"]),
+    (["train", "--data", "images", "--channel-mults"], ["--channel-mults", "expected at least one"]),
     (["train", "--data", "images", "--batch-size", "6", "--accumulate", "4"], ["6", "--accumulate 4"]),
     (["train", "--data", "images", "--image-size", "30"], ["30 can't be halved", "multiple of 8"]),
     (["train", "--data", "images", "--preset", "huge"], ["--preset", "huge", "cifar10"]),
@@ -804,6 +814,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(number):
     assert ckpt("runs/images")["step"] == step + 1
 
 
+def test_the_readme_says_which_lines_hold_which_section():
+    lines = SCRIPT.read_text(encoding="utf-8").splitlines()
+    starts = [lines.index("class UserError(ValueError):") + 1]
+    starts += [n for n, line in enumerate(lines, start=1) if line[:3] in {f"# {i}" for i in range(1, 10)}]
+    ends = [start - 1 for start in starts[1:]] + [len(lines)]
+    rows = [row.split("|") for row in SCRIPT.with_name("README.md").read_text(encoding="utf-8").splitlines()]
+    table = [(row[1].strip(), row[2].strip()) for row in rows if len(row) == 5 and row[2].strip()[:1].isdigit()]
+    assert [name for name, _ in table[1:]] == [lines[n - 1][2:].rstrip("- ") for n in starts[1:]]
+    assert [span for _, span in table] == [f"{start}-{end}" for start, end in zip(starts, ends)]
+
+
 def test_the_file_keeps_its_budget():
-    lines = SCRIPT.read_text().splitlines()
+    lines = SCRIPT.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 1000 and max(map(len, lines)) <= 120
