@@ -49,6 +49,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchvision import datasets
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -384,39 +385,32 @@ class UNet(nn.Module):
             return nn.ModuleList([ResBlock(in_channels, out_channels, temb_channels, dropout), attention])
 
         self.base_channels = base_channels
-        self.time_mlp = nn.Sequential(
-            nn.Linear(base_channels, temb_channels), nn.SiLU(), nn.Linear(temb_channels, temb_channels)
-        )
+        time_layers = nn.Linear(base_channels, temb_channels), nn.SiLU(), nn.Linear(temb_channels, temb_channels)
+        self.time_mlp = nn.Sequential(*time_layers)
         self.conv_in = nn.Conv2d(channels, base_channels, 3, padding=1)
 
-        h = base_channels  # channels that flow at this point of the network
-        skips = [h]  # channels of each feature map kept for the way up
+        h, skips = base_channels, [base_channels]  # channels that flow here, and of each map kept for the way up
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         for mult, size in zip(channel_mults, sizes):
-            level = nn.ModuleList()
+            self.down.append(nn.ModuleList())
             for _ in range(num_res_blocks):
-                level.append(block(h, base_channels * mult, size))
+                self.down[-1].append(block(h, base_channels * mult, size))
                 h = base_channels * mult
                 skips.append(h)
-            self.down.append(level)
             if size != sizes[-1]:
                 self.downsample.append(nn.Conv2d(h, h, 3, stride=2))
                 skips.append(h)
-
         self.middle1 = ResBlock(h, h, temb_channels, dropout)
         self.middle_attention = Attention(h)
         self.middle2 = ResBlock(h, h, temb_channels, dropout)
-
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for mult, size in zip(reversed(channel_mults), reversed(sizes)):
-            level = nn.ModuleList()
+            self.up.append(nn.ModuleList())
             for _ in range(num_res_blocks + 1):
-                level.append(block(h + skips.pop(), base_channels * mult, size))
+                self.up[-1].append(block(h + skips.pop(), base_channels * mult, size))
                 h = base_channels * mult
-            self.up.append(level)
             if size != sizes[0]:
                 self.upsample.append(nn.Conv2d(h, h, 3, padding=1))
-
         self.norm_out = GroupNorm(h)
         self.conv_out = nn.Conv2d(h, channels, 3, padding=1)
 
@@ -585,7 +579,6 @@ def load_pictures(config, device):
     for group, batch in zip(groups, read_batches(pictures, groups, config.workers)):
         kept.append(batch)
         progress.update(group.stop)
-    progress.close()
     fits = device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4
     return torch.cat(kept).to(device if fits else "cpu")
 
@@ -620,8 +613,8 @@ def training_batches(pictures, config, step, device):
 class EMA:
     """A moving average of a model's weights, float32; `ema.model` is what samples and figures are made with.
 
-    The decay starts low, min(decay, (1 + step) / (10 + step)) as TensorFlow offers it, so that early samples do not
-    show the random first weights. The released code goes without, which a long run can't tell.
+    The decay starts low, TensorFlow's min(decay, (1 + step) / (10 + step)), so that early samples do not show the
+    random first weights. The released code goes without, which a long run can't tell.
     """
 
     def __init__(self, model, decay):
@@ -644,18 +637,15 @@ class Progress:
         self.terminal = sys.stdout.isatty()
 
     def update(self, done, text="", now=False):
-        """Shows the state if the last time is some time ago, or if it must be now."""
+        """Shows the state if the last time is some time ago, if it must be now, and at the end."""
         clock = time.monotonic()
-        if not now and clock - self.shown < (0.1 if self.terminal else 30):
-            return
-        self.shown = clock
-        left = (clock - self.start) / max(1, done - self.first) * (self.total - done)
-        line = f"{self.what} {done}/{self.total}{text}  {timedelta(seconds=round(left))} left"
-        print(f"\r{line}\x1b[K" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
-
-    def close(self):
-        """Ends the line."""
-        print(end="\n" if self.terminal else "")
+        ended = done == self.total
+        if ended or now or clock - self.shown > (0.1 if self.terminal else 30):
+            self.shown = clock
+            left = (clock - self.start) / max(1, done - self.first) * (self.total - done)
+            line = f"{self.what} {done}/{self.total}{text}  {timedelta(seconds=round(left))} left"
+            rewrite = self.terminal and not ended
+            print(f"\r{line}\x1b[K" if self.terminal else line, end="" if rewrite else "\n", flush=True)
 
 
 def pick_device(name):
@@ -752,9 +742,7 @@ def train(config, out, device, checkpoint=None):
         scaler.load_state_dict(checkpoint["scaler"])
     for group in optimizer.param_groups:
         group["initial_lr"] = config.lr  # a resumed run may have been given another
-    warmup = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / max(1, config.warmup)), last_epoch=first - 1
-    )
+    warmup = LambdaLR(optimizer, lambda step: min(1, (step + 1) / max(1, config.warmup)), last_epoch=first - 1)
     out.mkdir(parents=True, exist_ok=True)
     start_log(out / "log.csv", first)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(pictures):,} pictures, {device.type} "
@@ -791,7 +779,8 @@ def train(config, out, device, checkpoint=None):
         ema.update(model, step)
 
         done = step + 1
-        saving = done % config.ckpt_every == 0 or done == config.steps or stop
+        stopping = len(stop) > 0 and done < config.steps
+        saving = done % config.ckpt_every == 0 or done == config.steps or stopping
         if saving or done % config.log_every == 0:  # reading the loss waits for the device: not at every step
             loss = total_loss.item() / (done - logged)
             if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):
@@ -805,20 +794,19 @@ def train(config, out, device, checkpoint=None):
         progress.update(done, text, now=logged == done)
         if saving:
             parts = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler}
-            states = {name: part.state_dict() for name, part in parts.items()}
-            checkpoint = {"config": dataclasses.asdict(config), "step": done, **states}
+            checkpoint = {name: part.state_dict() for name, part in parts.items()}
+            checkpoint |= {"config": dataclasses.asdict(config), "step": done}
             replace_file(out / "ckpt.pt", lambda path: torch.save(checkpoint, path))
-        if stop:
+        if stopping:
             break
         if done % config.sample_every == 0 or done == config.steps:
             shape = (64, config.channels, config.image_size, config.image_size)
             samples = diffusion.sample(autocast(ema.model, device, amp), shape, steps=min(50, config.timesteps))
             replace_file(out / f"step-{done:06}.png", lambda path: grid(to_uint8(samples)).save(path, format="PNG"))
             logged_at = time.monotonic()  # sampling does not count as slow training
-    progress.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    return stop[0] if stop else 0
+    return stop[0] if stopping else 0
 
 
 # 5. Sampling ----------------------------------------------------------------------------------------------------------
@@ -860,14 +848,13 @@ def sample_command(args):
 
     def on_step(t, x_t):
         done = next(count)
-        progress.update(done)
+        progress.update(done + 1)
         if args.gif and done % calls % math.ceil(calls / 60) == 0:
             frames.setdefault(t, []).append(to_uint8(x_t).cpu())
 
     for first in range(0, args.n, args.batch_size):
         shape = (min(args.batch_size, args.n - first), config.channels, config.image_size, config.image_size)
         pictures.append(to_uint8(diffusion.sample(net, shape, args.steps, args.eta, args.seed, first, on_step)).cpu())
-    progress.close()
     pictures = torch.cat(pictures)
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, lambda file: grid(pictures).save(file, format="PNG"))
@@ -930,7 +917,7 @@ def train_command(args):
         raise UserError(f"{path} is at step {checkpoint['step']} of {config.steps} already: give it more with --steps")
     number = train(config, out, device, checkpoint)
     if number:
-        print(f"stopped and saved; to go on: python ddpm.py train --resume --out {out}")
+        print(f"\nstopped and saved; to go on: python ddpm.py train --resume --out {out}")
         return 128 + number
     print(f"trained; for new pictures: python ddpm.py sample --ckpt {out / 'ckpt.pt'}")
     return 0
@@ -940,7 +927,7 @@ def main(argv=None):
     """The command line; returns the exit status. Mistakes are one line on stderr and status 2."""
     parser = Parser(prog="ddpm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="train|sample")
-    train_parser = commands.add_parser("train", help="train on pictures", description="Values of the presets in [].")
+    train_parser = commands.add_parser("train", help="train on pictures", description="In []: values of the presets.")
     train_parser.set_defaults(run=train_command)
     train_parser.add_argument("--out", help="the run's folder [runs/NAME OF THE DATA]")
     start = train_parser.add_mutually_exclusive_group()
@@ -948,13 +935,17 @@ def main(argv=None):
     start.add_argument("--resume", action="store_true", help="go on where the run in --out, or the newest, stopped")
     start.add_argument("--init-from", metavar="CKPT", help="begin with this checkpoint's weights (fine-tuning)")
     for f in dataclasses.fields(Config):
-        options = {"type": type(f.default), "choices": f.metadata["choices"]}
-        if isinstance(f.default, tuple):
-            options = {"type": int, "nargs": "*" if f.name == "attention_resolutions" else "+"}
-        elif isinstance(f.default, bool):
-            options = {"action": argparse.BooleanOptionalAction}
-        values = ", ".join(f"{name} {getattr(preset, f.name)}" for name, preset in PRESETS.items())
-        options["help"] = f"{f.metadata['help']} [{values}]"
+        kind, values = type(f.default), {name: getattr(preset, f.name) for name, preset in PRESETS.items()}
+        others = [f"{name} {value}" for name, value in values.items() if value != f.default]
+        options = {"help": f"{f.metadata['help']} [{', '.join([str(f.default), *others])}]"}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is tuple:
+            options |= {"type": int, "metavar": "INT", "nargs": "*" if f.name == "attention_resolutions" else "+"}
+        elif f.metadata["choices"]:
+            options |= {"type": kind, "choices": f.metadata["choices"]}
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
         name = "--class" if f.name == "only" else "--" + f.name.replace("_", "-")
         train_parser.add_argument(name, dest=f.name, default=argparse.SUPPRESS, **options)
 
