@@ -642,6 +642,19 @@ def test_one_picture_smaller_than_the_network_is_enough():
     assert run("train", "--data", "images", *FAST, "--steps", 2) == 0
 
 
+def test_training_draws_new_noise_at_every_step_and_averages_the_weights():
+    flags = ["--data", folder_of_shapes(1), *FAST, "--no-flip", "--amp", "off", "--log-every", 1]
+    assert run("train", *flags, "--steps", 5, "--lr", 0, "--out", "still") == 0
+    rows = Path("still/log.csv").read_text().splitlines()[1:]
+    assert len({row.split(",")[1] for row in rows}) == 5  # the same network and picture, another loss each time
+    for steps in (1, 2):
+        assert run("train", *flags, "--steps", steps, "--out", steps) == 0
+    one, two = ckpt("1"), ckpt("2")
+    for name, average in two["ema"].items():
+        expected = 2 / 11 * one["ema"][name] + 9 / 11 * two["model"][name]  # decay (1 + step) / (10 + step), step = 1
+        torch.testing.assert_close(average, expected)
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another():
     flags = ["--data", folder_of_shapes(5), *FAST, "--steps", 2]
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
