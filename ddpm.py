@@ -64,6 +64,11 @@ def flag(default, help, low=-math.inf, high=math.inf, choices=None):
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
+def flag_name(name):
+    """The flag of a field of Config: --batch-size of batch_size. `class` is no name for a field, so it is `only`."""
+    return "--class" if name == "only" else "--" + name.replace("_", "-")
+
+
 AMP = ("auto", "off", "bf16", "fp16")
 
 
@@ -107,7 +112,7 @@ class Config:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, name = getattr(self, f.name), "--" + f.name.replace("_", "-")
+            value, name = getattr(self, f.name), flag_name(f.name)
             low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
             for number in value if isinstance(value, tuple) else (value,):
                 if not isinstance(number, str) and not low <= number <= high:
@@ -369,10 +374,10 @@ class UNet(nn.Module):
                  attention_resolutions=(16,), dropout=0.1):
         super().__init__()
         levels, factor = len(channel_mults), 2 ** (len(channel_mults) - 1)
-        if image_size % factor:
+        if image_size < factor or image_size % factor:
             raise UserError(f"image size {image_size} can't be halved {levels - 1} times ({levels} levels): "
                             f"use a multiple of {factor}")
-        if base_channels % 32:
+        if base_channels < 32 or base_channels % 32:
             raise UserError(f"{base_channels} base channels can't be normalised in groups: use a multiple of 32")
         sizes = [image_size // 2**level for level in range(levels)]
         if not set(attention_resolutions) <= set(sizes):
@@ -576,9 +581,10 @@ def load_pictures(config, device):
         return pictures
     kept, progress = [], Progress("reading pictures", n)
     groups = [range(i, min(i + 256, n)) for i in range(0, n, 256)]
-    for group, batch in zip(groups, read_batches(pictures, groups, config.workers)):
+    for batch in read_batches(pictures, groups, config.workers):
         kept.append(batch)
-        progress.update(group.stop)
+        progress.update(min(256 * len(kept), n - 1))
+    progress.update(n)  # not above: a group without a readable picture gives no batch
     fits = device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4
     return torch.cat(kept).to(device if fits else "cpu")
 
@@ -911,7 +917,7 @@ def train_command(args):
         raise UserError(f"--data is missing: name a folder of pictures, or one of {', '.join(SETS)}")
     for name in NETWORK_FIELDS if checkpoint else ():
         if getattr(config, name) != getattr(base, name):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} does not fit the weights in {path}, "
+            raise UserError(f"{flag_name(name)} {getattr(config, name)} does not fit the weights in {path}, "
                             f"which were trained with {getattr(base, name)}")
     if args.resume and checkpoint["step"] >= config.steps:
         raise UserError(f"{path} is at step {checkpoint['step']} of {config.steps} already: give it more with --steps")
@@ -946,8 +952,7 @@ def main(argv=None):
             options |= {"type": kind, "choices": f.metadata["choices"]}
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
-        name = "--class" if f.name == "only" else "--" + f.name.replace("_", "-")
-        train_parser.add_argument(name, dest=f.name, default=argparse.SUPPRESS, **options)
+        train_parser.add_argument(flag_name(f.name), dest=f.name, default=argparse.SUPPRESS, **options)
 
     sample = commands.add_parser("sample", help="make new pictures from a checkpoint")
     sample.set_defaults(run=sample_command)

@@ -356,6 +356,8 @@ def test_halving_looks_one_pixel_past_the_right_and_the_bottom_only():
 
 
 @pytest.mark.parametrize("kwargs, message", [
+    ({"image_size": 0}, "0 can't be halved"),
+    ({"base_channels": 0}, "0 base channels"),
     ({"image_size": 30}, "30 can't be halved 3 times .4 levels.: use a multiple of 8"),
     ({"base_channels": 48}, "48 base channels.*multiple of 32"),
     ({"attention_resolutions": (7,)}, r"attention at \(7,\).*\[32, 16, 8, 4\]"),
@@ -380,7 +382,6 @@ def test_pixels_go_to_minus_1_to_1_and_back_without_loss():
 
 def colour(image, channels=3, size=8):
     """The one colour of a picture as the program reads it."""
-    image.info.setdefault("test", True)
     pixels = ddpm.read_picture(image, size, channels)
     assert pixels.shape == (channels, size, size) and pixels.dtype == np.uint8
     assert (pixels == pixels[:, :1, :1]).all()
@@ -452,6 +453,15 @@ def test_broken_files_are_skipped_counted_and_named(capsys):
     assert "(3 so far)" in out and "5 pictures" in out
     assert all(name in out for name in ("cut.PNG", "empty.jpg", "words.png"))
     assert "notes.txt" not in out
+
+
+def test_reading_ends_its_line_once_when_many_files_are_broken(capsys):
+    folder_of_shapes(300)
+    for i in range(260):
+        Path(f"images/0{i}.png").write_text("sorted before the others, more than are read at a time")
+    kept = ddpm.load_pictures(ddpm.Config(image_size=8, data="images", workers=0), torch.device("cpu"))
+    assert len(kept) == 300
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("reading pictures 560/560")]
 
 
 def test_an_image_folder_with_links_in_a_circle_is_read_once():
