@@ -2,7 +2,7 @@
 
     python ddpm.py train --data ./images      # a folder of pictures, or: shapes, mnist, fashion-mnist, cifar10, ...
     python ddpm.py sample                     # new pictures from the newest run
-    python ddpm.py train --help               # every hyper-parameter
+    python ddpm.py eval                       # its bits/dim, rate and distortion, on test pictures
 
 The paper is Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020 (arXiv 2006.11239). "The
 released code" is the authors' TensorFlow repository, hojonathanho/diffusion, which settles what the paper leaves open.
@@ -14,16 +14,12 @@ The idea, in four lines:
   * start from pure noise and take the predicted noise out again, one small step at a time   (Eq. 11, Algorithm 2)
 
 From file to paper:
-  section of this file         what of the paper
-  hyper-parameters             Sec. 4, Appendix B
-  1. the diffusion process     Secs. 2 and 3: Eqs. 2, 4, 6, 7, 11, 14, Algorithms 1 and 2; DDIM (Song et al. 2020)
+  1. the diffusion process     Secs. 2 and 3: Eqs. 2-7, 11, 13, 14, Algorithms 1 and 2; DDIM (Song et al. 2020)
   2. the network               Appendix B
   3. data                      Sec. 3.3: pictures in, numbers in [-1, 1] out, and back
-  4. training                  Appendix B: Adam, warm-up, gradient clipping, EMA
-  5. sampling                  Sec. 4
+  4. training                  Sec. 4, Appendix B: Adam, warm-up, gradient clipping, EMA
+  5. sampling, evaluation      Sec. 4: pictures; the variational bound in bits/dim, rate and distortion
   6. command line
-
-Whoever has read sections 1 and 2 has understood DDPM; section 4 is what it takes to train one.
 
 Shapes are written (B, C, H, W): pictures in the batch, channels, height, width. A picture is float32 in [-1, 1].
 """
@@ -32,6 +28,7 @@ import argparse
 import copy
 import dataclasses
 import itertools
+import json
 import math
 import os
 import pickle
@@ -40,7 +37,6 @@ import signal
 import struct
 import sys
 import time
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -49,19 +45,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from torchvision import datasets
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A mistake that the user can mend. The command line prints it as one line and exits with status 2."""
 
 
 def flag(default, help, low=-math.inf, high=math.inf, choices=None):
     """A hyper-parameter: the default is the paper's for CIFAR-10, the help is what `--help` prints; its range."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
 def flag_name(name):
@@ -69,37 +64,34 @@ def flag_name(name):
     return "--class" if name == "only" else "--" + name.replace("_", "-")
 
 
-AMP = ("auto", "off", "bf16", "fp16")
-
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that can be turned; each field is a flag of `train`. Raises UserError for values out of range."""
 
     # the network
-    image_size: int = flag(32, "height and width of the pictures, in pixels", low=1)
+    image_size: int = flag(32, "height and width of the pictures, in pixels", low=1, high=4096)
     channels: int = flag(3, "3 for colour, 1 for grey", choices=(1, 3))
-    base_channels: int = flag(128, "channels at full resolution, a multiple of 32", low=32)
+    base_channels: int = flag(128, "channels at full resolution, a multiple of 32", low=32, high=1024)
     channel_mults: tuple = flag((1, 2, 2, 2), "channels of each level, as multiples; each halves the picture", low=1)
     num_res_blocks: int = flag(2, "residual blocks a level on the way down (one more on the way up)", low=1)
     attention_resolutions: tuple = flag((16,), "picture sizes inside the network that get self-attention", low=1)
     dropout: float = flag(0.1, "dropout inside the residual blocks", low=0, high=1)
     # the diffusion process
-    timesteps: int = flag(1000, "T, the number of noising steps", low=1)
+    timesteps: int = flag(1000, "T, the number of noising steps", low=1, high=10**6)
     beta_start: float = flag(1e-4, "noise variance of the first step, for T = 1000", low=0)
     beta_end: float = flag(0.02, "noise variance of the last step, for T = 1000", low=0)
     variance: str = flag("fixedlarge", "of the reverse process, beta or beta~", choices=("fixedlarge", "fixedsmall"))
     # training
     steps: int = flag(800_000, "optimiser steps, in all", low=1)
-    batch_size: int = flag(128, "pictures in an optimiser step", low=1)
+    batch_size: int = flag(128, "pictures in an optimiser step", low=1, high=2**16)
     accumulate: int = flag(1, "split each batch into this many passes, to save memory", low=1)
     lr: float = flag(2e-4, "learning rate of Adam", low=0)
     warmup: int = flag(5000, "steps of linear learning-rate warm-up", low=0)
     grad_clip: float = flag(1.0, "largest global norm of the gradient", low=0)
     ema_decay: float = flag(0.9999, "decay of the moving average of the weights", low=0, high=1)
     flip: bool = flag(True, "mirror half of the pictures, left to right")
-    seed: int = flag(0, "seed of every random draw", low=0)
-    amp: str = flag("auto", "mixed precision; auto: where the device gains from it", choices=AMP)
+    seed: int = flag(0, "seed of every random draw", low=0, high=2**63 - 1)
+    amp: str = flag("auto", "mixed precision; auto: where the device gains", choices=("auto", "off", "bf16", "fp16"))
     # the run
     data: str = flag("", "a folder of pictures, searched recursively, or shapes, mnist, fashion-mnist, cifar10, ...")
     only: str = flag("", "train on this class alone: a sub-folder's name, or a class of the named set")
@@ -148,8 +140,7 @@ PRESETS = {
 def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
     """Variances of the forward steps, beta_1..beta_T (Sec. 4): linear from beta_start to beta_end. (T,) float64.
 
-    For T other than 1000 both ends are scaled by 1000/T, so that as much noise is added in all. Raises UserError when
-    a beta falls outside (0, 1), as it does for a very small T.
+    For T other than 1000 both are scaled by 1000/T, to add as much noise in all. UserError if a beta leaves (0, 1).
     """
     scale = 1000 / timesteps if timesteps > 0 else math.inf
     if not 0 < scale * beta_start <= scale * beta_end < 1:
@@ -169,11 +160,38 @@ def seeded(device, *numbers):
     return torch.Generator(device).manual_seed(state)
 
 
+def noise_for(shape, device, seed, first=0):
+    """N(0, I) again and again, (B, C, H, W) = shape; picture i's is a function of (seed, first + i) alone."""
+    generators = [seeded(device, seed, first + i) for i in range(shape[0])]
+    while True:
+        yield torch.stack([torch.randn(shape[1:], generator=generator, device=device) for generator in generators])
+
+
+def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
+    """KL divergence of N(mean_1, exp(log_variance_1)) from N(mean_2, exp(log_variance_2)), elementwise, in nats."""
+    difference = log_variance_2 - log_variance_1
+    return 0.5 * (difference - 1 + (-difference).exp() + (mean_1 - mean_2) ** 2 * (-log_variance_2).exp())
+
+
+def discretised_log_likelihood(x_0, mean, log_scale):
+    """log of the mass of N(mean, exp(2 log_scale)) within the grey level of x_0, 2/255 wide, elementwise. Eq. 13.
+
+    The darkest and the lightest level are open to infinity. The tanh approximates the CDF, as in the released code.
+    """
+
+    def cdf(x):
+        z = (x - mean) / log_scale.exp()
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    above, below = cdf(x_0 + 1 / 255).masked_fill(x_0 > 0.999, 1), cdf(x_0 - 1 / 255).masked_fill(x_0 < -0.999, 0)
+    return (above - below).clamp(min=1e-12).log()
+
+
 class Diffusion(nn.Module):
     """The two Markov chains: q, which adds noise, and p_theta, which a network `model(x_t, t) -> eps` takes back.
 
-    Holds tables over t = 0..T-1, computed in float64 and kept as float32 buffers (`.to(device)` moves them). `variance`
-    is the reverse process's (Sec. 3.2): "fixedlarge", beta_t, or "fixedsmall", beta~_t.
+    Holds tables over t = 0..T-1, computed in float64 and kept as float32 buffers. `variance` is the reverse process's
+    (Sec. 3.2): "fixedlarge", beta_t, or "fixedsmall", beta~_t.
     """
 
     def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02, variance="fixedlarge"):
@@ -208,10 +226,7 @@ class Diffusion(nn.Module):
         return at(self.sqrt_alpha_bars, t) * x_0 + at(self.sqrt_one_minus_alpha_bars, t) * eps
 
     def q_posterior(self, x_0, x_t, t):
-        """q(x_{t-1} | x_t, x_0), a Gaussian: (mean, variance, log_variance), the last two (B, 1, 1, 1). Eqs. 6, 7.
-
-        At t = 0 the variance is 0 and the log-variance is that of t = 1 (see the tables).
-        """
+        """q(x_{t-1} | x_t, x_0), a Gaussian: (mean, variance, log_variance), the last two (B, 1, 1, 1). Eqs. 6, 7."""
         mean = at(self.posterior_mean_x_0, t) * x_0 + at(self.posterior_mean_x_t, t) * x_t
         return mean, at(self.posterior_variance, t), at(self.posterior_log_variance, t)
 
@@ -239,13 +254,10 @@ class Diffusion(nn.Module):
         return mean, log_variance.exp(), log_variance, x_0
 
     def p_sample(self, model, x_t, t, z=None):
-        """x_{t-1} drawn from p_theta(x_{t-1} | x_t), with noise z: (B, C, H, W), drawn here if not given.
-
-        The last step (t = 0) adds no noise, whatever z is. Algorithm 2, lines 3 and 4.
-        """
+        """x_{t-1} drawn from p_theta(x_{t-1} | x_t), with noise z: (B, C, H, W), or fresh. Algorithm 2, lines 3-4."""
         z = torch.randn_like(x_t) if z is None else z
         mean, _, log_variance, _ = self.p_mean_variance(model, x_t, t)
-        return mean + (t > 0).view(-1, 1, 1, 1) * (0.5 * log_variance).exp() * z
+        return mean + (t > 0).view(-1, 1, 1, 1) * (0.5 * log_variance).exp() * z  # no noise in the last step
 
     def ddim_step(self, model, x_t, t, s, eta, z):
         """x_s from x_t for any s < t: (B,), with noise z: (B, C, H, W); s = -1 is x_0 itself. DDIM, Eqs. 12 and 16.
@@ -261,36 +273,53 @@ class Diffusion(nn.Module):
         direction = (noise_s**2 - variance).clamp(min=0).sqrt() * eps  # rounding can take it just below 0
         return alpha_bar_s.sqrt() * x_0 + direction + variance.sqrt() * z  # Eq. 12
 
+    def times(self, steps=None):
+        """The t that sampling visits, from T-1 to 0: all, or `steps` of them. Raises UserError unless it is in 1..T."""
+        if steps is not None and not 1 <= steps <= self.timesteps:
+            raise UserError(f"{steps} sampling steps: this model has T = {self.timesteps}, use 1 to {self.timesteps}")
+        times = torch.linspace(self.timesteps - 1, 0, steps or self.timesteps, dtype=torch.float64)
+        return times.round().long().tolist()
+
     @torch.no_grad()
     def sample(self, model, shape, steps=None, eta=1.0, seed=0, first=0, on_step=None):
         """Algorithm 2: pictures from noise, (B, C, H, W) = shape, in [-1, 1]. With `steps`, DDIM in that many steps.
 
-        DDIM with eta = 0 asks more of the network than eta = 1: after a short training it may draw speckles.
-        Picture i is number first + i of this seed: its noise comes from a generator of its own, so that it does not
-        depend on the batch that it is made in. `on_step(t, x_t)` is called with the input of every step.
-        Raises UserError when steps is not within 1..T.
+        Picture i is number first + i of this seed, whatever the batch. `on_step(t, x_t)` sees the input of every step.
         """
-        if steps is not None and not 1 <= steps <= self.timesteps:
-            raise UserError(f"{steps} sampling steps: this model has T = {self.timesteps}, use 1 to {self.timesteps}")
-        device = self.betas.device
-        generators = [seeded(device, seed, first + i) for i in range(shape[0])]
-
-        def noise():
-            return torch.stack([torch.randn(shape[1:], generator=g, device=device) for g in generators])
-
-        times = torch.linspace(self.timesteps - 1, 0, steps or self.timesteps, dtype=torch.float64).round().long()
-        x_t = noise()  # line 1: x_T ~ N(0, I)
-        for step, t in enumerate(times.tolist()):  # line 2: for t = T, ..., 1
+        device, times = self.betas.device, self.times(steps)
+        noise = noise_for(shape, device, seed, first)
+        x_t = next(noise)  # line 1: x_T ~ N(0, I)
+        for t, s in zip(times, [*times[1:], -1]):  # line 2: for t = T, ..., 1
             if on_step:
                 on_step(t, x_t)
-            t = torch.full((shape[0],), t, device=device)
-            z = noise()  # line 3: z ~ N(0, I), which the last step leaves out
-            if steps is None:
-                x_t = self.p_sample(model, x_t, t, z)  # line 4
-            else:
-                s = torch.full_like(t, times[step + 1] if step + 1 < len(times) else -1)
-                x_t = self.ddim_step(model, x_t, t, s, eta, z)
+            t, s = torch.full((shape[0],), t, device=device), torch.full((shape[0],), s, device=device)
+            z = next(noise)  # line 3: z ~ N(0, I), which the last step leaves out
+            x_t = self.ddim_step(model, x_t, t, s, eta, z) if steps else self.p_sample(model, x_t, t, z)  # line 4
         return x_t  # line 6: x_0
+
+    @torch.no_grad()
+    def bits_per_dim(self, model, x_0, seed=0, first=0):
+        """The bound on -log2 p(x_0) of pictures (B, C, H, W), in bits per dimension, term by term. Eqs. 5 and 13.
+
+        Returns (terms, mse): terms (B, T+1) are L_0 .. L_T as the paper counts them; mse (B, T) is the mean squared
+        error of the x_0 predicted from each x_t. The noise is drawn as in `sample`.
+        """
+        noise, terms, mse = noise_for(x_0.shape, x_0.device, seed, first), [], []
+        for t in reversed(self.times()):
+            t = torch.full((len(x_0),), t, device=x_0.device)
+            x_t = self.q_sample(x_0, t, next(noise))
+            mean, _, log_variance, predicted = self.p_mean_variance(model, x_t, t)
+            true_mean, _, true_log_variance = self.q_posterior(x_0, x_t, t)
+            if terms:
+                nats = normal_kl(true_mean, true_log_variance, mean, log_variance)  # L_t
+            else:
+                nats = -discretised_log_likelihood(x_0, mean, 0.5 * log_variance)  # L_0
+            terms.append(nats.mean((1, 2, 3)) / math.log(2))
+            mse.append(((predicted - x_0) ** 2).mean((1, 2, 3)))
+        zero, log_variance = torch.zeros_like(x_0), (1 - self.alpha_bars[-1]).log()
+        nats = normal_kl(self.sqrt_alpha_bars[-1] * x_0, log_variance, zero, zero)  # L_T: x_T against N(0, I)
+        terms.append(nats.mean((1, 2, 3)) / math.log(2))
+        return torch.stack(terms, dim=1), torch.stack(mse, dim=1)
 
 
 # 2. The network -------------------------------------------------------------------------------------------------------
@@ -299,21 +328,17 @@ class Diffusion(nn.Module):
 
 
 def sinusoidal_embedding(t, dim):
-    """The Transformer's position embedding of the step t: (B,) -> (B, dim) float32, sines first, then cosines.
-
-    Frequencies fall from 1 to 1/10000 with both ends included, hence dim/2 - 1. Released code, nn.py.
-    """
-    half = dim // 2
+    """The Transformer's position embedding of the step t: (B,) -> (B, dim) float32, sines, then cosines."""
+    half = dim // 2  # the frequencies fall from 1 to 1/10000, both ends included, hence half - 1
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / (half - 1))
     angles = t.float()[:, None] * frequencies[None, :]  # (B, half)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation in the paper's 32 groups. (B, C, H, W) -> same.
+    """Group normalisation in the paper's 32 groups, in thinner networks fewer. (B, C, H, W) -> same.
 
-    Networks thinner than the paper's have fewer, of 4 channels: a group of one channel would lose its mean, and with
-    it the time embedding, which is added to whole channels.
+    A group has 4 channels at least: one channel alone would lose its mean, and with it the time embedding.
     """
 
     def __init__(self, channels):
@@ -334,8 +359,7 @@ class ResBlock(nn.Module):
         self.norm2 = GroupNorm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, temb):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -350,10 +374,7 @@ class Attention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.norm = GroupNorm(channels)
-        self.q = nn.Linear(channels, channels)  # the paper's 1x1 convolutions
-        self.k = nn.Linear(channels, channels)
-        self.v = nn.Linear(channels, channels)
-        self.proj_out = nn.Linear(channels, channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Linear(channels, channels) for _ in range(4))  # 1x1 convolutions
 
     def forward(self, x):
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
@@ -366,8 +387,7 @@ class UNet(nn.Module):
     """eps_theta(x_t, t): the noise in x_t, (B, C, H, W) and t: (B,) -> (B, C, H, W).
 
     One level per entry of channel_mults, each half the size of the one before; attention where a level's size is in
-    attention_resolutions. The defaults are CIFAR-10's 35.7 M parameters. Raises UserError, saying what would fit, on
-    sizes that cannot be halved often enough, channels that 32 groups do not divide, and attention that is not reached.
+    attention_resolutions. The defaults are CIFAR-10's 35.7 M parameters. Raises UserError on sizes that do not fit.
     """
 
     def __init__(self, image_size=32, channels=3, base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2,
@@ -447,20 +467,10 @@ class UNet(nn.Module):
 
 
 # 3. Data --------------------------------------------------------------------------------------------------------------
-#
-# Pictures are kept as uint8, 0..255, and become float32 in [-1, 1] batch by batch (Sec. 3.3).
-
-SETS = {  # names for --data
-    "shapes": None, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
-    "cifar100": datasets.CIFAR100, "flowers102": datasets.Flowers102,
-}
-EXTENSIONS = (*datasets.folder.IMG_EXTENSIONS, ".gif")
-# What Pillow's many decoders raise on files that are broken, or no pictures at all.
-BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
 def to_unit(pictures):
-    """uint8, 0..255 -> float32 in [-1, 1]. Sec. 3.3."""
+    """uint8, 0..255, as pictures are kept -> float32 in [-1, 1], batch by batch. Sec. 3.3."""
     return pictures.float() / 127.5 - 1
 
 
@@ -472,8 +482,7 @@ def to_uint8(x_0):
 def read_picture(source, size, channels):
     """A picture file or PIL image as a uint8 array (channels, size, size). Raises one of BROKEN if it can't be read.
 
-    Turned as its EXIF says; transparent over white; 16 bits brought to 8; of other shapes the middle square; resized
-    with antialiasing, smaller ones enlarged.
+    Turned as its EXIF says; transparent over white; 16 bits brought to 8; the middle square, antialiased or enlarged.
     """
     with source if isinstance(source, Image.Image) else Image.open(source) as image:
         image = ImageOps.exif_transpose(image)
@@ -487,13 +496,19 @@ def read_picture(source, size, channels):
 
 
 class Shapes:
-    """10,000 coloured circles, squares and triangles, drawn when asked for. Has the interface of a torchvision set."""
+    """Coloured circles, squares and triangles, 10,000 a split, drawn when asked for. Used like a torchvision set."""
 
     classes = ("circle", "square", "triangle")
-    targets = [i % 3 for i in range(10_000)]
+
+    def __init__(self, root="", train=True, download=False):
+        self.numbers = range(10_000) if train else range(10_000, 20_000)
+        self.targets = [i % 3 for i in self.numbers]
+
+    def __len__(self):
+        return len(self.numbers)
 
     def __getitem__(self, i):
-        uniform = random.Random(i).uniform
+        uniform = random.Random(self.numbers[i]).uniform
         radius = uniform(24, 48)
         x, y = uniform(radius, 128 - radius), uniform(radius, 128 - radius)
         colour = f"hsl({uniform(0, 360):.0f}, 80%, {uniform(35, 60):.0f}%)"
@@ -502,46 +517,44 @@ class Shapes:
         return image, self.targets[i]
 
 
+SETS = {  # names for --data
+    "shapes": Shapes, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
+    "cifar100": datasets.CIFAR100, "flowers102": datasets.Flowers102,
+}
+EXTENSIONS = (*datasets.folder.IMG_EXTENSIONS, ".gif")
+# What Pillow's many decoders raise on files that are broken, or no pictures at all.
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+
+
 class Pictures(torch.utils.data.Dataset):
     """The pictures of a folder or of a named set. Item i is a uint8 array (C, size, size), or says why it is broken.
 
-    `only` keeps one class: a sub-folder, or a class of the set by name or number. Raises UserError when there are no
-    pictures, no such class, or the set can't be downloaded.
+    `only` keeps one class: a sub-folder's, or one of the set by name or number. UserError if there are no pictures.
     """
 
-    def __init__(self, data, size, channels, only="", root="data", split="train"):
+    def __init__(self, data, size, channels, only="", root="data", train=True):
         self.size, self.channels, self.set = size, channels, None
-        if data not in SETS:
-            self.items = self.find(data, only)
-            return
-        part = {"split": split} if data == "flowers102" else {"train": split == "train"}
-        try:
-            self.set = Shapes() if data == "shapes" else SETS[data](root, download=True, **part)
-        except (OSError, RuntimeError) as error:  # no network, or a damaged download
-            reason = " ".join(str(error).split())
-            raise UserError(f"can't get {data} into {root} ({reason}): check the network") from error
-        labels = [int(label) for label in (self.set._labels if data == "flowers102" else self.set.targets)]
-        names = [name.lower() for name in self.set.classes]
-        wanted = names.index(only.lower()) if only.lower() in names else only
-        self.items = [i for i, label in enumerate(labels) if not only or str(label) == str(wanted)]
+        if data in SETS:
+            part = {"split": "train" if train else "test"} if data == "flowers102" else {"train": train}
+            try:
+                self.set = SETS[data](root, download=True, **part)
+            except (OSError, RuntimeError) as error:  # no network, or a damaged download
+                raise UserError(f"can't get {data} into {root} ({' '.join(str(error).split())})") from error
+            labels, names = getattr(self.set, "targets", None), [name.lower() for name in self.set.classes]
+            labels = self.set._labels if labels is None else labels  # Flowers102's
+            wanted = names.index(only.lower()) if only.lower() in names else only
+            self.items = [i for i, label in enumerate(labels) if not only or str(int(label)) == str(wanted)]
+            missing = f"{data} has no class {only!r}, it has: {', '.join(self.set.classes)}"
+        elif os.path.isdir(data):
+            paths = (path for path in Path(data).rglob("*") if path.name[0] != "." and path.is_file())
+            self.items = sorted(path for path in paths if path.name.lower().endswith(EXTENSIONS)
+                                and (not only or only in path.relative_to(data).parts[:-1]))
+            where = f"{data} has no sub-folder {only!r} that" if only else data
+            missing = f"{where} holds no images (looked for {' '.join(EXTENSIONS)})"
+        else:
+            raise UserError(f"{data} is neither a folder nor a named set ({', '.join(SETS)})")
         if not self.items:
-            raise UserError(f"{data} has no class {only!r}, it has: {', '.join(self.set.classes)}")
-
-    def find(self, folder, only):
-        """Paths of all picture files below the folder, sorted; with `only`, those below a sub-folder of that name."""
-        if not os.path.isdir(folder):
-            raise UserError(f"{folder} is neither a folder nor a named set ({', '.join(SETS)})")
-        paths, seen = [], set()
-        for parent, folders, names in os.walk(folder, followlinks=True):
-            if os.path.realpath(parent) in seen:  # a link that leads back
-                folders.clear()
-            elif not only or only in Path(parent).relative_to(folder).parts:
-                paths += [Path(parent, name) for name in names if name.lower().endswith(EXTENSIONS) and name[0] != "."]
-            seen.add(os.path.realpath(parent))
-        if not paths:
-            where = f"{folder} has no sub-folder {only!r} that" if only else folder
-            raise UserError(f"{where} holds no images (looked for {' '.join(EXTENSIONS)})")
-        return sorted(paths)
+            raise UserError(missing)
 
     def __len__(self):
         return len(self.items)
@@ -550,67 +563,52 @@ class Pictures(torch.utils.data.Dataset):
         try:
             return read_picture(self.set[self.items[i]][0] if self.set else self.items[i], self.size, self.channels)
         except BROKEN as error:
-            return f"{self.items[i]}: {error or type(error).__name__}"
+            return f"{str(self.items[i])!r}: {error or type(error).__name__}"  # repr: not every name can be printed
 
+    def batches(self, groups, workers):
+        """For each group of item numbers, its pictures that can be read, uint8 (., C, H, W); names the others, once."""
+        broken, workers = set(), min(workers, os.cpu_count(), len(self) // 256)
+        for items in torch.utils.data.DataLoader(self, batch_sampler=groups, num_workers=workers, collate_fn=list):
+            for item in items:
+                if isinstance(item, str) and item not in broken:
+                    broken.add(item)
+                    line_end = "\n" if sys.stdout.isatty() else ""  # of the progress line
+                    print(f"{line_end}skipped a broken picture ({len(broken)} so far): {item}", flush=True)
+            if len(broken) == len(self):
+                raise UserError(f"none of the {len(self)} pictures can be read")
+            good = [item for item in items if not isinstance(item, str)]
+            yield torch.from_numpy(np.array(good, np.uint8).reshape(-1, self.channels, self.size, self.size))
 
-def read_batches(pictures, groups, workers):
-    """For each group of item numbers, those of its pictures that can be read, uint8 (., C, H, W); names the others."""
-    broken = set()
-    workers = min(workers, os.cpu_count(), len(pictures) // 256)
-    for items in torch.utils.data.DataLoader(pictures, batch_sampler=groups, num_workers=workers, collate_fn=list):
-        for item in items:
-            if isinstance(item, str) and item not in broken:
-                broken.add(item)
-                line_end = "\n" if sys.stdout.isatty() else ""  # of the progress line
-                print(f"{line_end}skipped a broken picture ({len(broken)} so far): {item}", flush=True)
-        good = [item for item in items if not isinstance(item, str)]
-        if good:
-            yield torch.from_numpy(np.stack(good))
-        elif len(broken) == len(pictures):
-            raise UserError(f"none of the {len(pictures)} pictures can be read")
-
-
-def load_pictures(config, device):
-    """The training set, decoded once: uint8 (N, C, H, W), on the device if it fits there.
-
-    A set larger than config.cache_gb comes back as a Pictures, to be streamed from disk.
-    """
-    pictures = Pictures(config.data, config.image_size, config.channels, config.only, config.data_root)
-    n, size = len(pictures), len(pictures) * config.channels * config.image_size**2
-    if size > config.cache_gb * 2**30:
-        return pictures
-    kept, progress = [], Progress("reading pictures", n)
-    groups = [range(i, min(i + 256, n)) for i in range(0, n, 256)]
-    for batch in read_batches(pictures, groups, config.workers):
-        kept.append(batch)
-        progress.update(min(256 * len(kept), n - 1))
-    progress.update(n)  # not above: a group without a readable picture gives no batch
-    fits = device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4
-    return torch.cat(kept).to(device if fits else "cpu")
+    def read(self, workers, n=None, seed=None):
+        """All pictures that can be read, uint8 (N, C, H, W), or n of them; with a seed, in an order drawn from it."""
+        n = min(n or len(self), len(self))
+        order = range(len(self)) if seed is None else torch.randperm(len(self), generator=seeded("cpu", seed)).tolist()
+        groups, kept = [order[i : i + 256] for i in range(0, len(self), 256)], []
+        progress = Progress("reading pictures, batch", math.ceil(n / 256))
+        for batch in self.batches(groups, workers if n > 256 else 0):
+            kept.append(batch)
+            progress.update(min(len(kept), progress.total))
+            if sum(map(len, kept)) >= n:
+                break
+        return torch.cat(kept)[:n]
 
 
 def training_batches(pictures, config, step, device):
     """The batches of training step `step` and all that follow, for ever: uint8 (B, C, H, W) on the device.
 
-    Every epoch is a new order, a function of the seed and the epoch alone, so that a run can be taken up anywhere.
-    Batches go on across the end of an epoch; a batch is split into config.accumulate parts.
+    `pictures` is a tensor of them, or a Pictures to stream from. The order of an epoch is a function of the seed and
+    the epoch alone, so that a run can be taken up anywhere. Batches go on across the end of an epoch.
     """
-
-    def numbers():
-        epoch, offset = divmod(step * config.batch_size, len(pictures))
-        while True:
-            order = torch.randperm(len(pictures), generator=seeded("cpu", config.seed, epoch))
-            yield from order[offset:].tolist()
-            epoch, offset = epoch + 1, 0
-
-    stream, size = numbers(), config.batch_size // config.accumulate
+    n, seen, size = len(pictures), step * config.batch_size, config.batch_size // config.accumulate
+    epochs = (seeded("cpu", config.seed, epoch) for epoch in itertools.count(seen // n))
+    orders = (torch.randperm(n, generator=generator).tolist() for generator in epochs)
+    stream = itertools.islice(itertools.chain.from_iterable(orders), seen % n, None)
     groups = iter(lambda: list(itertools.islice(stream, size)), [])  # without end: no group is ever []
-    if isinstance(pictures, torch.Tensor):
-        batches = (pictures[torch.tensor(group, device=pictures.device)] for group in groups)
+    if isinstance(pictures, Pictures):
+        batches = pictures.batches(groups, config.workers)
     else:
-        batches = read_batches(pictures, groups, config.workers)
-    for batch in batches:
-        yield batch.to(device)
+        batches = (pictures[torch.tensor(group, device=pictures.device)] for group in groups)
+    yield from (batch.to(device) for batch in batches if len(batch))
 
 
 # 4. Training ----------------------------------------------------------------------------------------------------------
@@ -619,13 +617,11 @@ def training_batches(pictures, config, step, device):
 class EMA:
     """A moving average of a model's weights, float32; `ema.model` is what samples and figures are made with.
 
-    The decay starts low, TensorFlow's min(decay, (1 + step) / (10 + step)), so that early samples do not show the
-    random first weights. The released code goes without, which a long run can't tell.
+    Its decay starts low, as TensorFlow's can, to forget the first random weights; a long run can't tell.
     """
 
     def __init__(self, model, decay):
-        self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.model = decay, copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model, step):
@@ -638,47 +634,35 @@ class Progress:
     """What is being done, how far, and how long is left: one line that rewrites itself, plain lines if no terminal."""
 
     def __init__(self, what, total, done=0):
-        self.what, self.total, self.first = what, total, done
+        self.what, self.total, self.first, self.done = what, total, done, done
         self.start = self.shown = time.monotonic()
-        self.terminal = sys.stdout.isatty()
 
     def update(self, done, text="", now=False):
-        """Shows the state if the last time is some time ago, if it must be now, and at the end."""
-        clock = time.monotonic()
-        ended = done == self.total
-        if ended or now or clock - self.shown > (0.1 if self.terminal else 30):
+        """So many are done: shown if the last time is some time ago, if it must be now, and at the end."""
+        self.done = done
+        clock, terminal, ended = time.monotonic(), sys.stdout.isatty(), self.done == self.total
+        if ended or now or clock - self.shown > (0.1 if terminal else 30):
             self.shown = clock
-            left = (clock - self.start) / max(1, done - self.first) * (self.total - done)
-            line = f"{self.what} {done}/{self.total}{text}  {timedelta(seconds=round(left))} left"
-            rewrite = self.terminal and not ended
-            print(f"\r{line}\x1b[K" if self.terminal else line, end="" if rewrite else "\n", flush=True)
+            left = (clock - self.start) / max(1, self.done - self.first) * (self.total - self.done)
+            line = f"{self.what} {self.done}/{self.total}{text}  {timedelta(seconds=round(left))} left"
+            print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and not ended else "\n", flush=True)
 
 
-def pick_device(name):
-    """The torch.device of --device; "auto" is the best there is. Raises UserError when it is not there."""
+def pick_device(name, amp):
+    """(device, dtype) of --device and --amp; dtype None is float32. Raises UserError on a device that is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, is_there in there.items() if is_there)
     if not there[name]:
         raise UserError(f"--device {name}: torch finds none on this machine, use --device auto or cpu")
-    return torch.device(name)
-
-
-def pick_amp(name, device):
-    """The dtype of --amp for autocast, None for float32. "auto" is one that the device computes faster in."""
-    if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif name == "auto":  # older releases of torch can't tell what a CPU has
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-        name = "bf16" if capabilities.get("amx_bf16") else "off"
-    if name == "fp16" and device.type == "cpu":
+    if amp == "auto" and name == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto":  # older releases of torch can't tell what a CPU has
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)() if name == "cpu" else {}
+        amp = "bf16" if capabilities.get("amx_bf16") else "off"
+    if amp == "fp16" and name == "cpu":
         raise UserError("--amp fp16 is for accelerators: use --amp bf16 or off on the CPU")
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def autocast(model, device, dtype):
-    """model(x_t, t) under mixed precision with this dtype, or as it is with None."""
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)(model)
+    return torch.device(name), {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
 def build(config):
@@ -691,6 +675,7 @@ def replace_file(path, write):
     """Has write(temporary path) make a file, then puts it in place at once: a crash leaves the old file whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's, when the disk is full
@@ -699,61 +684,58 @@ def replace_file(path, write):
 
 
 def load_checkpoint(path):
-    """(checkpoint, its Config) from a file of `train`. Raises UserError when it is something else, or damaged."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint, Config(**checkpoint["config"])
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}: name another, or train first") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py") from error
+    """(path, checkpoint, its Config) of a file of `train`, the newest below runs/ if none is named.
 
-
-def newest_checkpoint():
-    """The checkpoint below runs/ that was written last."""
-    files = sorted(Path("runs").glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    Raises UserError when it is something else, damaged, or holds the weights of another network than it describes.
+    """
+    files = [path] if path else sorted(Path("runs").glob("**/ckpt.pt"), key=lambda file: file.stat().st_mtime)
     if not files:
         raise UserError("there is no run below ./runs: train first, or name a checkpoint")
-    return files[-1]
+    path = Path(files[-1])
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config = Config(**checkpoint["config"])
+        with torch.device("meta"):  # takes no memory, whatever the configuration asks for
+            expected = {name: weight.shape for name, weight in build(config)[0].state_dict().items()}
+        if any({name: w.shape for name, w in checkpoint[key].items()} != expected for key in ("model", "ema")):
+            raise ValueError("its weights are not those of the network that it describes")
+        return path, checkpoint, config
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}: name another, or train first") from error
+    except (OSError, RuntimeError, EOFError, pickle.PickleError, LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py") from None
 
 
-def start_log(path, first):
-    """Begins log.csv; in a run that goes on from step `first`, cuts the rows after it, which will come again."""
-    rows = path.read_text().splitlines()[1:] if first and path.exists() else []
-    rows = [row for row in rows if row.count(",") == 4 and int(row.split(",")[0]) <= first]
-    replace_file(path, lambda file: file.write_text("\n".join(["step,loss,lr,grad_norm,images_per_s", *rows, ""])))
-
-
-def train(config, out, device, checkpoint=None):
+def train(config, out, device, amp, checkpoint=None):
     """Algorithm 1 on the pictures of config.data. Checkpoints, log.csv and grids of samples go to the folder `out`.
 
-    A `checkpoint` is gone on with exactly: the random numbers of a step are a function of (seed, step), so that no
-    random state has to be kept. Of one whose step is 0 only the weights are taken. Returns the number of the signal
-    that ended the run early, or 0. Raises UserError when the loss is not finite, the last checkpoint being intact.
+    A `checkpoint` is gone on with exactly, random numbers being a function of (seed, step); of step 0, it only gives
+    the weights. Returns the number of the signal that ended the run, or 0. UserError when the loss is not finite.
     """
     torch.manual_seed(config.seed)  # for the first weights
-    amp, (model, diffusion) = pick_amp(config.amp, device), build(config)
-    pictures = load_pictures(config, device)
+    model, diffusion = build(config)
+    pictures = Pictures(config.data, config.image_size, config.channels, config.only, config.data_root)
+    size = len(pictures) * config.channels * config.image_size**2
+    if size <= config.cache_gb * 2**30:  # others are streamed
+        fits = device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4
+        pictures = pictures.read(config.workers).to(device if fits else "cpu")
     model, diffusion = model.to(device, memory_format=torch.channels_last), diffusion.to(device)
-    net = autocast(model, device, amp)
     ema = EMA(model, config.ema_decay)
+    mixed = torch.autocast(device.type, amp, enabled=amp is not None)
+    net, ema_net = mixed(model), mixed(ema.model)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    first = checkpoint["step"] if checkpoint else 0
+    parts, first = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler}, 0
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        ema.model.load_state_dict(checkpoint["ema"])
-    if first:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-    for group in optimizer.param_groups:
-        group["initial_lr"] = config.lr  # a resumed run may have been given another
-    warmup = LambdaLR(optimizer, lambda step: min(1, (step + 1) / max(1, config.warmup)), last_epoch=first - 1)
-    out.mkdir(parents=True, exist_ok=True)
-    start_log(out / "log.csv", first)
+        first = checkpoint["step"]
+        for name in ("model", "ema", "optimizer", "scaler") if first else ("model", "ema"):
+            parts[name].load_state_dict(checkpoint[name])
+    log = out / "log.csv"
+    rows = log.read_text().splitlines()[1:] if first and log.exists() else []
+    rows = [row for row in rows if row.count(",") == 4 and int(row.split(",")[0]) <= first]  # the others come again
+    replace_file(log, lambda path: path.write_text("\n".join(["step,loss,lr,grad_norm,images_per_s", *rows, ""])))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(pictures):,} pictures, {device.type} "
-          f"in {amp or torch.float32}, run folder {out}")
-    print(config)
+          f"in {amp or torch.float32}, run folder {out}\n{config}")
     data = training_batches(pictures, config, first, device)
     progress, stop = Progress("step", config.steps, first), []
 
@@ -766,6 +748,9 @@ def train(config, out, device, checkpoint=None):
     model.train()
 
     for step in range(first, config.steps):
+        rate = config.lr * min(1, (step + 1) / max(1, config.warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         for part in range(config.accumulate):
             x_0 = to_unit(next(data))  # Algorithm 1, line 2
             torch.manual_seed(seeded("cpu", config.seed, step, part).initial_seed())
@@ -779,8 +764,6 @@ def train(config, out, device, checkpoint=None):
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         scaler.step(optimizer)
         scaler.update()
-        rate = warmup.get_last_lr()[0]
-        warmup.step()
         optimizer.zero_grad()
         ema.update(model, step)
 
@@ -793,13 +776,12 @@ def train(config, out, device, checkpoint=None):
                 raise UserError(f"the loss or its gradient is not finite any more at step {done}, the last checkpoint "
                                 "is from before: try a lower --lr, a longer --warmup or --amp off")
             speed = (done - logged) * config.batch_size / (time.monotonic() - logged_at)
-            with (out / "log.csv").open("a") as file:
+            with log.open("a") as file:
                 file.write(f"{done},{loss:.6f},{rate:.6g},{norm:.4f},{speed:.1f}\n")
             total_loss.zero_()
             logged, logged_at, text = done, time.monotonic(), f"  loss {loss:.4f}  lr {rate:.1e}  {speed:.0f} images/s"
         progress.update(done, text, now=logged == done)
         if saving:
-            parts = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler}
             checkpoint = {name: part.state_dict() for name, part in parts.items()}
             checkpoint |= {"config": dataclasses.asdict(config), "step": done}
             replace_file(out / "ckpt.pt", lambda path: torch.save(checkpoint, path))
@@ -807,15 +789,26 @@ def train(config, out, device, checkpoint=None):
             break
         if done % config.sample_every == 0 or done == config.steps:
             shape = (64, config.channels, config.image_size, config.image_size)
-            samples = diffusion.sample(autocast(ema.model, device, amp), shape, steps=min(50, config.timesteps))
-            replace_file(out / f"step-{done:06}.png", lambda path: grid(to_uint8(samples)).save(path, format="PNG"))
+            samples = to_uint8(diffusion.sample(ema_net, shape, steps=min(50, config.timesteps)))
+            replace_file(out / f"step-{done:06}.png", lambda path: grid(samples).save(path, format="PNG"))
             logged_at = time.monotonic()  # sampling does not count as slow training
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return stop[0] if stopping else 0
 
 
-# 5. Sampling ----------------------------------------------------------------------------------------------------------
+# 5. Sampling and evaluation -------------------------------------------------------------------------------------------
+
+
+def load_run(args):
+    """(diffusion, network, config, path) of --ckpt, on --device; the network is ready to be called as model(x_t, t)."""
+    path, checkpoint, config = load_checkpoint(args.ckpt)
+    device, dtype = pick_device(args.device, args.amp)
+    model, diffusion = build(config)
+    model.load_state_dict(checkpoint["model" if args.no_ema else "ema"])
+    model = model.eval().to(device, memory_format=torch.channels_last)
+    print(f"{path}: step {checkpoint['step']:,}, {'plain' if args.no_ema else 'EMA'} weights, seed {args.seed}")
+    return diffusion.to(device), torch.autocast(device.type, dtype, enabled=dtype is not None)(model), config, path
 
 
 def grid(pictures):
@@ -826,43 +819,31 @@ def grid(pictures):
 
 def sample_command(args):
     """`sample`: new pictures from a checkpoint, as one grid, and as single files and a film if asked for."""
-    for name, low in (("n", 1), ("batch_size", 1), ("seed", 0), ("eta", 0)):
-        if not getattr(args, name) >= low:
-            raise UserError(f"{name.replace('_', ' ')} is {getattr(args, name)}: it must be at least {low}")
     if args.eta != 1 and args.steps is None:
         raise UserError("--eta is for DDIM: say in how many --steps")
-    path, device = Path(args.ckpt or newest_checkpoint()), pick_device(args.device)
-    checkpoint, config = load_checkpoint(path)
-    model, diffusion = build(config)
-    model.load_state_dict(checkpoint["model" if args.no_ema else "ema"])
-    net = autocast(model.eval().to(device, memory_format=torch.channels_last), device, pick_amp(args.amp, device))
-    diffusion.to(device)
-    print(f"{path}: step {checkpoint['step']:,}, {'plain' if args.no_ema else 'EMA'} weights, seed {args.seed}")
-
+    diffusion, model, config, path = load_run(args)
     names = (path.parent / f"samples-{number:03}.png" for number in itertools.count())
-    out = Path(args.out) if args.out else next(name for name in names if not name.exists())
+    out = Path(args.out or next(name for name in names if not name.exists()))
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the name of the grid must end in .png")
     film, folder = out.with_suffix(".gif"), out.with_suffix("")
     for made, asked in ((out, True), (film, args.gif), (folder, args.individual)):
         if asked and made.exists():
             raise UserError(f"{made} is there already: name another file with --out, or remove it")
-
-    calls = args.steps or diffusion.timesteps
-    progress = Progress("sampling, step", math.ceil(args.n / args.batch_size) * calls)
-    pictures, frames, count = [], {}, itertools.count()
+    times, pictures, frames = diffusion.times(args.steps), [], {}
+    filmed = times[:: math.ceil(len(times) / 60)] if args.gif else []
+    progress = Progress("sampling, step", math.ceil(args.n / args.batch_size) * len(times))
 
     def on_step(t, x_t):
-        done = next(count)
-        progress.update(done + 1)
-        if args.gif and done % calls % math.ceil(calls / 60) == 0:
+        progress.update(progress.done + 1)
+        if t in filmed:
             frames.setdefault(t, []).append(to_uint8(x_t).cpu())
 
     for first in range(0, args.n, args.batch_size):
         shape = (min(args.batch_size, args.n - first), config.channels, config.image_size, config.image_size)
-        pictures.append(to_uint8(diffusion.sample(net, shape, args.steps, args.eta, args.seed, first, on_step)).cpu())
+        x_0 = diffusion.sample(model, shape, args.steps, args.eta, args.seed, first, on_step)
+        pictures.append(to_uint8(x_0).cpu())
     pictures = torch.cat(pictures)
-    out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, lambda file: grid(pictures).save(file, format="PNG"))
     print(f"wrote {args.n} pictures to {out}")
     if args.gif:
@@ -872,10 +853,41 @@ def sample_command(args):
         print(f"wrote the reverse process to {film}")
     if args.individual:
         folder.mkdir()
-        for number, picture in enumerate(pictures):
-            to_pil_image(picture).save(folder / f"{number:06}.png")
+        for i, picture in enumerate(pictures):
+            to_pil_image(picture).save(folder / f"{i:06}.png")
         print(f"wrote each picture to {folder}{os.sep}")
-    return 0
+
+
+def eval_command(args):
+    """`eval`: the variational bound on test pictures in bits/dim, and its split into rate and distortion. Sec. 4.3."""
+    if args.json and os.path.exists(args.json):
+        raise UserError(f"{args.json} is there already: name another file with --json, or remove it")
+    diffusion, model, config, _ = load_run(args)
+    data, only, device = args.data or config.data, "" if args.data else config.only, diffusion.betas.device
+    pictures = Pictures(data, config.image_size, config.channels, only, config.data_root, train=False)
+    parts = pictures.read(config.workers, args.n, args.seed).split(args.batch_size)
+    progress = Progress("bits/dim, step", len(parts) * diffusion.timesteps)
+
+    def counted(x_t, t):
+        progress.update(progress.done + 1)
+        return model(x_t, t)
+
+    bits = [diffusion.bits_per_dim(counted, to_unit(part).to(device), args.seed, i * args.batch_size)
+            for i, part in enumerate(parts)]
+    terms, mse = (torch.cat(tables).cpu() for tables in zip(*bits))
+    print(f"mean and standard error over {len(terms)} {'test ' if data in SETS else ''}pictures of {data}")
+    results = {"pictures": len(terms), "data": data, "terms": terms.mean(0).tolist(), "mse": mse.mean(0).tolist()}
+    for name, values, what in (
+        ("total", terms.sum(1), "bits/dim, all terms, a bound on the compressed size"),
+        ("rate", terms[:, 1:].sum(1), "bits/dim, L_1 + ... + L_T"),
+        ("distortion", terms[:, 0], "bits/dim, L_0"),
+        ("rmse", mse[:, 0].sqrt() * 127.5, "root-mean-square error on 0..255 of the x_0 predicted last"),
+    ):
+        mean, error = values.mean().item(), values.std(correction=0).item() / len(values) ** 0.5
+        results[name] = {"mean": mean, "standard_error": error}
+        print(f"{name:10} {mean:8.4f} +- {error:.4f}  {what}")
+    if args.json:
+        replace_file(Path(args.json), lambda file: file.write_text(json.dumps(results)))
 
 
 # 6. The command line --------------------------------------------------------------------------------------------------
@@ -890,26 +902,24 @@ class Parser(argparse.ArgumentParser):
 
 def train_command(args):
     """`train`: the configuration is that of a preset or a checkpoint, changed by the flags given; then trains."""
-    device, checkpoint = pick_device(args.device), None
     flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
-    name = os.path.basename(os.path.abspath(flags["data"])) if "data" in flags else ""
+    name, path, checkpoint = Path(flags.get("data", "")).resolve().name if "data" in flags else "", None, None
     out = Path(args.out or Path("runs", "-".join(filter(None, [name, flags.get("only")]))))
     if args.resume:
-        path = out / "ckpt.pt" if args.out or name else newest_checkpoint()
-        checkpoint, base = load_checkpoint(path)
+        path, checkpoint, base = load_checkpoint(out / "ckpt.pt" if args.out or name else None)
         out = path.parent
     elif (out / "ckpt.pt").exists():
         raise UserError(f"{out} holds a checkpoint: go on from it with --resume, or name another folder with --out")
     elif args.init_from:
-        path = args.init_from
-        checkpoint, base = load_checkpoint(path)
+        path, checkpoint, base = load_checkpoint(args.init_from)
         checkpoint = {"step": 0, "model": checkpoint["ema"], "ema": checkpoint["ema"]}
         base = dataclasses.replace(base, data="", only="")
     else:
-        if not args.preset and device.type == "cpu":
+        slow = pick_device(args.device, "off")[0].type == "cpu"
+        if slow and not args.preset:
             print("no accelerator found: training the preset tiny (--preset cifar10 is the paper's network)")
-        base = PRESETS[args.preset or ("tiny" if device.type == "cpu" else "cifar10")]
+        base = PRESETS[args.preset or ("tiny" if slow else "cifar10")]
         if name in ("mnist", "fashion-mnist"):
             base = dataclasses.replace(base, channels=1, flip=name != "mnist")
     config = dataclasses.replace(base, **flags)
@@ -921,18 +931,18 @@ def train_command(args):
                             f"which were trained with {getattr(base, name)}")
     if args.resume and checkpoint["step"] >= config.steps:
         raise UserError(f"{path} is at step {checkpoint['step']} of {config.steps} already: give it more with --steps")
-    number = train(config, out, device, checkpoint)
+    number = train(config, out, *pick_device(args.device, config.amp), checkpoint)
     if number:
         print(f"\nstopped and saved; to go on: python ddpm.py train --resume --out {out}")
-        return 128 + number
-    print(f"trained; for new pictures: python ddpm.py sample --ckpt {out / 'ckpt.pt'}")
-    return 0
+    else:
+        print(f"trained; for new pictures: python ddpm.py sample --ckpt {out / 'ckpt.pt'}")
+    return 128 + number if number else 0
 
 
 def main(argv=None):
     """The command line; returns the exit status. Mistakes are one line on stderr and status 2."""
     parser = Parser(prog="ddpm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="train|sample")
+    commands = parser.add_subparsers(required=True, metavar="train|sample|eval")
     train_parser = commands.add_parser("train", help="train on pictures", description="In []: values of the presets.")
     train_parser.set_defaults(run=train_command)
     train_parser.add_argument("--out", help="the run's folder [runs/NAME OF THE DATA]")
@@ -948,30 +958,36 @@ def main(argv=None):
             options["action"] = argparse.BooleanOptionalAction
         elif kind is tuple:
             options |= {"type": int, "metavar": "INT", "nargs": "*" if f.name == "attention_resolutions" else "+"}
-        elif f.metadata["choices"]:
-            options |= {"type": kind, "choices": f.metadata["choices"]}
         else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            options |= {"type": kind, "choices": f.metadata["choices"]}
+            options["metavar"] = None if f.metadata["choices"] else kind.__name__.upper()
         train_parser.add_argument(flag_name(f.name), dest=f.name, default=argparse.SUPPRESS, **options)
 
     sample = commands.add_parser("sample", help="make new pictures from a checkpoint")
-    sample.set_defaults(run=sample_command)
-    sample.add_argument("--ckpt", help="a checkpoint of train [the newest below runs/]")
-    sample.add_argument("-n", type=int, default=64, help="number of pictures [64]")
-    sample.add_argument("--batch-size", type=int, default=64, help="pictures made at a time [64]")
-    sample.add_argument("--seed", type=int, default=0, help="another seed, other pictures [0]")
+    evaluate = commands.add_parser("eval", help="measure a checkpoint on test pictures: bits/dim, rate and distortion")
+    for command, run, n in ((sample, sample_command, 64), (evaluate, eval_command, 256)):
+        command.set_defaults(run=run)
+        command.add_argument("--ckpt", help="a checkpoint of train [the newest below runs/]")
+        command.add_argument("-n", type=int, default=n, help=f"number of pictures [{n}]")
+        command.add_argument("--batch-size", type=int, default=64, help="pictures worked on at a time [64]")
+        command.add_argument("--seed", type=int, default=0, help="another seed, other noise, other pictures [0]")
+        command.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="[auto]")
+        command.add_argument("--no-ema", action="store_true", help="the weights themselves, not their moving average")
     sample.add_argument("--steps", type=int, help="DDIM in so many steps, e.g. 50, in place of Algorithm 2 in T")
     sample.add_argument("--eta", type=float, default=1.0, help="DDIM's noise, from 0 (none) to 1 (as much as DDPM) [1]")
     sample.add_argument("--out", help="the PNG file [samples-NUMBER.png beside the checkpoint]")
     sample.add_argument("--individual", action="store_true", help="each picture as a PNG too")
     sample.add_argument("--gif", action="store_true", help="a film of the reverse process too")
-    sample.add_argument("--amp", choices=AMP, default="auto", help="mixed precision [auto]")
-    sample.add_argument("--no-ema", action="store_true", help="the weights themselves, not their moving average")
-    for command in (train_parser, sample):
+    evaluate.add_argument("--data", help="a folder of pictures, or a named set's test split [what it learned from]")
+    evaluate.add_argument("--json", help="every term to this file too")
+    for command in (train_parser, sample, evaluate):
         command.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="[auto]")
     try:
         args = parser.parse_args(argv)
-        return args.run(args)
+        for name, low in (("-n", 1), ("--batch-size", 1), ("--seed", 0), ("--eta", 0)):
+            if not getattr(args, name.strip("-").replace("-", "_"), low) >= low:
+                raise UserError(f"{name} must be at least {low}")
+        return args.run(args) or 0
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

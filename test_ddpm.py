@@ -3,6 +3,7 @@
 Expectations are built another way than the code builds them: closed forms, numerical integration, brute force.
 """
 
+import json
 import math
 import os
 import signal
@@ -244,6 +245,91 @@ def test_the_last_step_adds_no_noise_and_the_others_do():
     assert not torch.equal(diffusion.p_sample(lambda x, t: x, x_t, one), diffusion.p_sample(lambda x, t: x, x_t, one))
 
 
+def gaussian_eps(diffusion, mean, deviation):
+    """The best possible network for data drawn from N(mean, deviation^2): E[eps | x_t] in closed form."""
+
+    def eps(x_t, t):
+        alpha_bar = diffusion.alpha_bars[t].view(-1, 1, 1, 1)
+        variance = alpha_bar * deviation**2 + 1 - alpha_bar
+        return (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * mean) / variance
+
+    return eps
+
+
+@pytest.mark.parametrize("variance", ["fixedlarge", "fixedsmall"])
+def test_bits_per_dim_of_a_gaussian_model_agree_with_numerical_integration(variance):
+    T, mean, deviation, x_0 = 60, 0.1, 0.3, 51 / 127.5 - 1
+    diffusion = ddpm.Diffusion(T, variance=variance)
+    pictures = torch.full((2, 3, 128, 128), x_0)
+    terms, mse = diffusion.bits_per_dim(gaussian_eps(diffusion, mean, deviation), pictures)
+    assert terms.shape == (2, T + 1) and mse.shape == (2, T)
+
+    betas, alpha_bars = paper_schedule(T)
+    previous = np.append(1, alpha_bars[:-1])
+    tilde = betas * (1 - previous) / (1 - alpha_bars)
+    model_variance = (betas if variance == "fixedlarge" else tilde).copy()
+    model_variance[0] = tilde[1]
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)  # E[f(z)] over z ~ N(0, 1)
+    weights = weights / weights.sum()
+    expected, errors = [], []
+    for t in range(T):
+        a, b = alpha_bars[t], 1 - alpha_bars[t]
+        x_t = math.sqrt(a) * x_0 + math.sqrt(b) * nodes
+        guess = np.clip((x_t - b * (x_t - math.sqrt(a) * mean) / (a * deviation**2 + b)) / math.sqrt(a), -1, 1)
+        from_x_0 = math.sqrt(previous[t]) * betas[t] / b
+        from_x_t = math.sqrt(1 - betas[t]) * (1 - previous[t]) / b
+        centre, deviation_t = from_x_0 * guess + from_x_t * x_t, math.sqrt(model_variance[t])
+        errors.append((weights * (guess - x_0) ** 2).sum())
+        if t:  # KL(N(m, tilde) || N(centre, model variance)) by integrating q log(q / p) over a fine grid
+            m = from_x_0 * x_0 + from_x_t * x_t
+            z = np.linspace(-9, 9, 4001)[:, None]
+            x = m + z * math.sqrt(tilde[t])
+            log_q = -0.5 * z**2 - math.log(math.sqrt(tilde[t]))
+            log_p = -0.5 * ((x - centre) / deviation_t) ** 2 - math.log(deviation_t)
+            kl = (np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi) * (log_q - log_p)).sum(0) * (z[1] - z[0])
+            expected.append((weights * kl).sum())
+        else:  # the mass of one grey level
+            cdf = np.vectorize(lambda x: 0.5 * (1 + math.erf(x / math.sqrt(2))))
+            mass = cdf((x_0 + 1 / 255 - centre) / deviation_t) - cdf((x_0 - 1 / 255 - centre) / deviation_t)
+            expected.append((weights * -np.log(mass.clip(1e-12))).sum())
+    a, b = alpha_bars[-1], 1 - alpha_bars[-1]
+    expected.append(0.5 * (-math.log(b) - 1 + b + a * x_0**2))
+    expected = np.array(expected) / math.log(2)
+    np.testing.assert_allclose(terms.mean(0), expected, rtol=0.05, atol=2e-6)
+    np.testing.assert_allclose(terms.sum(1).mean(), expected.sum(), rtol=0.005)
+    np.testing.assert_allclose(mse.mean(0), errors, rtol=0.05)
+
+
+def test_whoever_knows_the_noise_pays_for_the_variance_alone():
+    x_0 = torch.rand(2, 3, 8, 8) * 1.8 - 0.9
+    for variance in ("fixedsmall", "fixedlarge"):
+        diffusion = ddpm.Diffusion(variance=variance)
+
+        def knows(x_t, t):
+            a = diffusion.alpha_bars.double()[t].view(-1, 1, 1, 1)
+            return ((x_t - a.sqrt() * x_0) / (1 - a).sqrt()).float()
+
+        terms, mse = diffusion.bits_per_dim(knows, x_0)
+        betas, alpha_bars = paper_schedule()
+        ratio = (1 - alpha_bars[:-1]) / (1 - alpha_bars[1:]) if variance == "fixedlarge" else np.ones(999)  # beta~ / beta
+        kl = 0.5 * (ratio - 1 - np.log(ratio)) / math.log(2)  # of two Gaussians with one mean
+        np.testing.assert_allclose(terms[:, 1:-1], np.tile(kl, (2, 1)), atol=2e-4)
+        assert mse.max() < 1e-3  # rounding, magnified where x_t is almost only noise
+
+
+def test_a_wide_discretised_gaussian_is_the_density_times_the_bin():
+    x_0, mean, scale = torch.linspace(-0.95, 0.95, 9), torch.tensor(0.2), 0.5
+    density = -0.5 * ((x_0 - mean) / scale) ** 2 - math.log(scale * math.sqrt(2 * math.pi))
+    found = ddpm.discretised_log_likelihood(x_0, mean, torch.tensor(math.log(scale)))
+    torch.testing.assert_close(found, density + math.log(2 / 255), atol=0.03, rtol=0)  # the tanh is that good
+    levels = torch.arange(256) / 127.5 - 1
+    for centre in (-1.0, 0.3, 1.0):
+        mass = ddpm.discretised_log_likelihood(levels, torch.tensor(centre), torch.tensor(-3.0)).exp()
+        assert abs(mass.sum() - 1) < 1e-5  # all grey levels together are everything
+    far = ddpm.discretised_log_likelihood(torch.tensor(0.5), torch.tensor(-0.5), torch.tensor(-5.0))
+    assert far.item() == pytest.approx(math.log(1e-12))
+
+
 @pytest.mark.parametrize("steps, expected", [(None, list(range(999, -1, -1))), (1, [999]), (2, [999, 0])])
 def test_sampling_visits_the_steps_it_should(steps, expected):
     visited = []
@@ -459,9 +545,8 @@ def test_reading_ends_its_line_once_when_many_files_are_broken(capsys):
     folder_of_shapes(300)
     for i in range(260):
         Path(f"images/0{i}.png").write_text("sorted before the others, more than are read at a time")
-    kept = ddpm.load_pictures(ddpm.Config(image_size=8, data="images", workers=0), torch.device("cpu"))
-    assert len(kept) == 300
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("reading pictures 560/560")]
+    assert len(ddpm.Pictures("images", 8, 3).read(workers=0)) == 300
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("reading pictures, batch 3/3")]
 
 
 def test_an_image_folder_with_links_in_a_circle_is_read_once():
@@ -733,6 +818,35 @@ def test_sample_takes_the_newest_run_and_the_weights_asked_for():
     assert Path("newest.png").read_bytes() == Path("new.png").read_bytes() != Path("plain.png").read_bytes()
 
 
+def test_eval_measures_bits_per_dim_on_test_pictures_and_they_fall_with_training(capsys):
+    flags = [*FAST, "--data", "shapes", "--amp", "off", "--lr", 1e-3, "--ema-decay", 0.9]
+    assert run("train", *flags, "--steps", 1, "--out", "short") == run("train", *flags, "--steps", 80, "--out", "long") == 0
+    totals = []
+    for name in ("short", "long"):
+        capsys.readouterr()
+        command = ["eval", "--ckpt", f"{name}/ckpt.pt", "-n", 20, "--device", "cpu", "--json"]
+        assert run(*command, f"{name}.json") == 0
+        out, result = capsys.readouterr().out, json.loads(Path(f"{name}.json").read_text())
+        assert "20 test pictures of shapes" in out and f"{result['total']['mean']:.4f}" in out
+        parts = result["rate"]["mean"] + result["distortion"]["mean"]
+        assert result["total"]["mean"] == pytest.approx(parts) == pytest.approx(sum(result["terms"]))
+        assert len(result["terms"]) == 51 and len(result["mse"]) == 50 and result["total"]["standard_error"] > 0
+        totals.append(result["total"]["mean"])
+    assert totals[1] < totals[0] - 0.5
+    assert run(*command, "long.json") == 2 and "long.json is there already" in capsys.readouterr().err
+    assert run(*command, "again.json", "--batch-size", 7) == 0  # the noise of a picture does not depend on its batch
+    assert json.loads(Path("again.json").read_text())["terms"] == pytest.approx(result["terms"], rel=1e-3, abs=1e-5)
+
+
+def test_test_pictures_are_not_training_pictures():
+    train, test = ddpm.Pictures("shapes", 8, 3), ddpm.Pictures("shapes", 8, 3, train=False)
+    assert len(train) == len(test) == 10_000
+    assert not any(np.array_equal(train[i], test[i]) for i in range(50))
+    some = test.read(workers=0, n=5, seed=3)
+    assert len(some) == 5 and torch.equal(some, test.read(workers=0, n=9, seed=3)[:5])
+    assert not torch.equal(some, test.read(workers=0, n=5, seed=4))
+
+
 # The command line
 
 
@@ -758,8 +872,12 @@ def test_sample_takes_the_newest_run_and_the_weights_asked_for():
     (["sample", "--ckpt", "broken.pt"], ["broken.pt is damaged"]),
     (["sample", "--ckpt", "evil.pt"], ["evil.pt is damaged, or no checkpoint"]),
     (["sample", "--ckpt", "other.pt"], ["other.pt is damaged, or no checkpoint"]),
-    (["sample", "-n", "0"], ["n is 0"]),
+    (["sample", "-n", "0"], ["error: -n must be at least 1"]),
     (["sample", "--eta", "0.5"], ["--eta", "--steps"]),
+    (["eval"], ["no run below ./runs", "train first"]),
+    (["eval", "--batch-size", "0"], ["--batch-size must be at least 1"]),
+    (["sample", "--ckpt", "huge.pt"], ["huge.pt is damaged"]),
+    (["sample", "--ckpt", "."], [". "]),
     (["paint"], ["invalid choice: 'paint'"]),
 ])
 def test_every_mistake_is_one_line_that_names_it_and_status_2(args, fragments, capsys):
@@ -769,6 +887,8 @@ def test_every_mistake_is_one_line_that_names_it_and_status_2(args, fragments, c
 
     torch.save(Evil(), "evil.pt")
     torch.save({"weights": torch.ones(3)}, "other.pt")
+    config = {"base_channels": 1024, "channel_mults": (1, 64, 64, 64), "attention_resolutions": ()}  # terabytes
+    torch.save({"config": config, "model": {}, "ema": {}, "step": 1}, "huge.pt")
     Path("broken.pt").write_bytes(Path("other.pt").read_bytes()[:200])
     if "images" in args:
         folder_of_shapes(1)
@@ -839,7 +959,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(number):
 
 def test_the_readme_says_which_lines_hold_which_section():
     lines = SCRIPT.read_text(encoding="utf-8").splitlines()
-    starts = [lines.index("class UserError(ValueError):") + 1]
+    starts = [lines.index("class UserError(Exception):") + 1]
     starts += [n for n, line in enumerate(lines, start=1) if line[:3] in {f"# {i}" for i in range(1, 10)}]
     ends = [start - 1 for start in starts[1:]] + [len(lines)]
     rows = [row.split("|") for row in SCRIPT.with_name("README.md").read_text(encoding="utf-8").splitlines()]
