@@ -957,6 +957,27 @@ def test_ctrl_c_saves_and_says_how_to_go_on(number):
     assert ckpt("runs/images")["step"] == step + 1
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_run_killed_at_any_moment_goes_on_and_logs_each_step_once():
+    args, log = ["train", "--data", folder_of_shapes(3), *FAST, "--log-every", 1, "--ckpt-every", 1], Path("run/log.csv")
+    for kill in range(3):
+        before = log.read_text().count("\n") if log.exists() else 0
+        running = program(*args, "--out", "run", "--steps", 100_000, *(["--resume"] if kill else []))
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.read_text().count("\n") > before + 10 * kill) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        while not Path("run/ckpt.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        running.kill()
+        _, err = running.communicate(timeout=60)
+        assert running.returncode == -signal.SIGKILL and "error" not in err, err
+    step = ckpt("run")["step"]
+    assert step > 10 and run(*args, "--out", "run", "--steps", step + 2, "--resume") == 0
+    assert [int(row.split(",")[0]) for row in log.read_text().splitlines()[1:]] == list(range(1, step + 3))
+    assert not list(Path("run").glob("*.tmp"))
+    assert run("sample", "--ckpt", "run/ckpt.pt", "-n", 1, "--steps", 2, "--device", "cpu") == 0
+
+
 def test_the_readme_says_which_lines_hold_which_section():
     lines = SCRIPT.read_text(encoding="utf-8").splitlines()
     starts = [lines.index("class UserError(Exception):") + 1]
