@@ -833,6 +833,13 @@ def test_eval_measures_bits_per_dim_on_test_pictures_and_they_fall_with_training
         assert len(result["terms"]) == 51 and len(result["mse"]) == 50 and result["total"]["standard_error"] > 0
         totals.append(result["total"]["mean"])
     assert totals[1] < totals[0] - 0.5
+    _, checkpoint, config = ddpm.load_checkpoint("long/ckpt.pt")
+    model, diffusion = ddpm.build(config)
+    model.load_state_dict(checkpoint["ema"])
+    x_0 = ddpm.to_unit(ddpm.Pictures("shapes", 8, 3, train=False).read(workers=0, n=20, seed=0))
+    bits = diffusion.bits_per_dim(model.eval(), x_0)[0].sum(1).numpy()
+    assert result["total"]["mean"] == pytest.approx(bits.mean(), rel=1e-4)
+    assert result["total"]["standard_error"] == pytest.approx(bits.std() / 20**0.5, rel=1e-3)
     assert run(*command, "long.json") == 2 and "long.json is there already" in capsys.readouterr().err
     assert run(*command, "again.json", "--batch-size", 7) == 0  # the noise of a picture does not depend on its batch
     assert json.loads(Path("again.json").read_text())["terms"] == pytest.approx(result["terms"], rel=1e-3, abs=1e-5)
