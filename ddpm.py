@@ -314,12 +314,12 @@ class Diffusion(nn.Module):
                 nats = normal_kl(true_mean, true_log_variance, mean, log_variance)  # L_t
             else:
                 nats = -discretised_log_likelihood(x_0, mean, 0.5 * log_variance)  # L_0
-            terms.append(nats.mean((1, 2, 3)) / math.log(2))
+            terms.append(nats.mean((1, 2, 3)))
             mse.append(((predicted - x_0) ** 2).mean((1, 2, 3)))
         zero, log_variance = torch.zeros_like(x_0), (1 - self.alpha_bars[-1]).log()
         nats = normal_kl(self.sqrt_alpha_bars[-1] * x_0, log_variance, zero, zero)  # L_T: x_T against N(0, I)
-        terms.append(nats.mean((1, 2, 3)) / math.log(2))
-        return torch.stack(terms, dim=1), torch.stack(mse, dim=1)
+        terms.append(nats.mean((1, 2, 3)))
+        return torch.stack(terms, dim=1) / math.log(2), torch.stack(mse, dim=1)
 
 
 # 2. The network -------------------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ class Diffusion(nn.Module):
 
 
 def sinusoidal_embedding(t, dim):
-    """The Transformer's position embedding of the step t: (B,) -> (B, dim) float32, sines, then cosines."""
+    """The Transformer's embedding of step t: (B,) -> (B, dim) float32, sines, then cosines. Released code, nn.py."""
     half = dim // 2  # the frequencies fall from 1 to 1/10000, both ends included, hence half - 1
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / (half - 1))
     angles = t.float()[:, None] * frequencies[None, :]  # (B, half)
@@ -539,9 +539,9 @@ class Pictures(torch.utils.data.Dataset):
             try:
                 self.set = SETS[data](root, download=True, **part)
             except (OSError, RuntimeError) as error:  # no network, or a damaged download
-                raise UserError(f"can't get {data} into {root} ({' '.join(str(error).split())})") from error
-            labels, names = getattr(self.set, "targets", None), [name.lower() for name in self.set.classes]
-            labels = self.set._labels if labels is None else labels  # Flowers102's
+                raise UserError(f"can't get {data} into {root} ({error}): check the network") from error
+            labels = self.set._labels if data == "flowers102" else self.set.targets
+            names = [name.lower() for name in self.set.classes]
             wanted = names.index(only.lower()) if only.lower() in names else only
             self.items = [i for i, label in enumerate(labels) if not only or str(int(label)) == str(wanted)]
             missing = f"{data} has no class {only!r}, it has: {', '.join(self.set.classes)}"
@@ -698,7 +698,7 @@ def load_checkpoint(path):
         with torch.device("meta"):  # takes no memory, whatever the configuration asks for
             expected = {name: weight.shape for name, weight in build(config)[0].state_dict().items()}
         if any({name: w.shape for name, w in checkpoint[key].items()} != expected for key in ("model", "ema")):
-            raise ValueError("its weights are not those of the network that it describes")
+            raise UserError(f"{path} is damaged: its weights are not those of the network that it describes")
         return path, checkpoint, config
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}: name another, or train first") from error
@@ -985,11 +985,11 @@ def main(argv=None):
     try:
         args = parser.parse_args(argv)
         for name, low in (("-n", 1), ("--batch-size", 1), ("--seed", 0), ("--eta", 0)):
-            if not getattr(args, name.strip("-").replace("-", "_"), low) >= low:
-                raise UserError(f"{name} must be at least {low}")
+            if not (value := getattr(args, name.strip("-").replace("-", "_"), low)) >= low:
+                raise UserError(f"{name} is {value}: it must be at least {low}")
         return args.run(args) or 0
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)  # torchvision's have several lines
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

@@ -245,23 +245,12 @@ def test_the_last_step_adds_no_noise_and_the_others_do():
     assert not torch.equal(diffusion.p_sample(lambda x, t: x, x_t, one), diffusion.p_sample(lambda x, t: x, x_t, one))
 
 
-def gaussian_eps(diffusion, mean, deviation):
-    """The best possible network for data drawn from N(mean, deviation^2): E[eps | x_t] in closed form."""
-
-    def eps(x_t, t):
-        alpha_bar = diffusion.alpha_bars[t].view(-1, 1, 1, 1)
-        variance = alpha_bar * deviation**2 + 1 - alpha_bar
-        return (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * mean) / variance
-
-    return eps
-
-
 @pytest.mark.parametrize("variance", ["fixedlarge", "fixedsmall"])
 def test_bits_per_dim_of_a_gaussian_model_agree_with_numerical_integration(variance):
     T, mean, deviation, x_0 = 60, 0.1, 0.3, 51 / 127.5 - 1
     diffusion = ddpm.Diffusion(T, variance=variance)
     pictures = torch.full((2, 3, 128, 128), x_0)
-    terms, mse = diffusion.bits_per_dim(gaussian_eps(diffusion, mean, deviation), pictures)
+    terms, mse = diffusion.bits_per_dim(GaussianData(diffusion, mean, deviation), pictures)
     assert terms.shape == (2, T + 1) and mse.shape == (2, T)
 
     betas, alpha_bars = paper_schedule(T)
@@ -879,11 +868,11 @@ def test_test_pictures_are_not_training_pictures():
     (["sample", "--ckpt", "broken.pt"], ["broken.pt is damaged"]),
     (["sample", "--ckpt", "evil.pt"], ["evil.pt is damaged, or no checkpoint"]),
     (["sample", "--ckpt", "other.pt"], ["other.pt is damaged, or no checkpoint"]),
-    (["sample", "-n", "0"], ["error: -n must be at least 1"]),
+    (["sample", "-n", "0"], ["error: -n is 0: it must be at least 1"]),
     (["sample", "--eta", "0.5"], ["--eta", "--steps"]),
     (["eval"], ["no run below ./runs", "train first"]),
-    (["eval", "--batch-size", "0"], ["--batch-size must be at least 1"]),
-    (["sample", "--ckpt", "huge.pt"], ["huge.pt is damaged"]),
+    (["eval", "--batch-size", "0"], ["--batch-size is 0: it must be at least 1"]),
+    (["sample", "--ckpt", "huge.pt"], ["huge.pt is damaged: its weights"]),
     (["sample", "--ckpt", "."], [". "]),
     (["paint"], ["invalid choice: 'paint'"]),
 ])
