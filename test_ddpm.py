@@ -3,6 +3,7 @@
 Expectations are built another way than the code builds them: closed forms, numerical integration, brute force.
 """
 
+import argparse
 import json
 import math
 import os
@@ -309,13 +310,13 @@ def test_whoever_knows_the_noise_pays_for_the_variance_alone():
 def test_a_wide_discretised_gaussian_is_the_density_times_the_bin():
     x_0, mean, scale = torch.linspace(-0.95, 0.95, 9), torch.tensor(0.2), 0.5
     density = -0.5 * ((x_0 - mean) / scale) ** 2 - math.log(scale * math.sqrt(2 * math.pi))
-    found = ddpm.discretised_log_likelihood(x_0, mean, torch.tensor(math.log(scale)))
+    found = ddpm.discretised_log_likelihood(x_0, mean, torch.tensor(scale))
     torch.testing.assert_close(found, density + math.log(2 / 255), atol=0.03, rtol=0)  # the tanh is that good
     levels = torch.arange(256) / 127.5 - 1
     for centre in (-1.0, 0.3, 1.0):
-        mass = ddpm.discretised_log_likelihood(levels, torch.tensor(centre), torch.tensor(-3.0)).exp()
+        mass = ddpm.discretised_log_likelihood(levels, torch.tensor(centre), torch.tensor(0.05)).exp()
         assert abs(mass.sum() - 1) < 1e-5  # all grey levels together are everything
-    far = ddpm.discretised_log_likelihood(torch.tensor(0.5), torch.tensor(-0.5), torch.tensor(-5.0))
+    far = ddpm.discretised_log_likelihood(torch.tensor(0.5), torch.tensor(-0.5), torch.tensor(0.007))
     assert far.item() == pytest.approx(math.log(1e-12))
 
 
@@ -375,7 +376,7 @@ def test_untrained_network_predicts_no_noise_and_learns_in_all_its_parts():
     x_t, t = torch.randn(2, 3, 16, 16), torch.tensor([5, 900])
     assert model(x_t, t).abs().max() == 0  # the last convolution starts at zero
     for name, weights in model.named_parameters():
-        if name.endswith(("conv2.weight", "proj_out.weight", "conv_out.weight")):
+        if name.endswith(("conv2.weight", "to_out.weight", "conv_out.weight")):
             assert weights.abs().max() == 0
             nn.init.normal_(weights, std=0.1)
         elif weights.dim() > 1:  # Xavier uniform: variance 2 / (fan_in + fan_out)
@@ -384,7 +385,7 @@ def test_untrained_network_predicts_no_noise_and_learns_in_all_its_parts():
     model(x_t, t).square().mean().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     # every weight matters but the key's bias, which shifts all logits of a query alike, and softmax ignores
-    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.grad.abs().max() < 1e-9} <= {"k"}
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.grad.abs().max() < 1e-9} <= {"to_k"}
 
 
 def test_network_is_told_the_time_and_each_picture_its_own():
@@ -407,22 +408,21 @@ def test_embedding_is_sines_then_cosines_from_1_to_one_ten_thousandth():
 def test_attention_is_softmax_over_all_positions():
     attention = ddpm.Attention(32)
     x = torch.randn(2, 32, 3, 3)
-    h = nn.functional.group_norm(x, 8, attention.norm.weight, attention.norm.bias, eps=1e-6)
+    h = nn.functional.group_norm(x, 8, attention.group_norm.weight, attention.group_norm.bias, eps=1e-6)
     expected = torch.empty_like(x)
     for b in range(2):
         rows = h[b].flatten(1).T  # (positions, channels)
-        q, k, v = attention.q(rows), attention.k(rows), attention.v(rows)
+        q, k, v = attention.to_q(rows), attention.to_k(rows), attention.to_v(rows)
         weights = torch.softmax(q @ k.T / math.sqrt(32), dim=1)
-        expected[b] = x[b] + attention.proj_out(weights @ v).T.view(32, 3, 3)
+        expected[b] = x[b] + attention.to_out(weights @ v).T.view(32, 3, 3)
     torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_halving_looks_one_pixel_past_the_right_and_the_bottom_only():
     model = ddpm.UNet(4, 1, 32, (1, 1), 1, (), 0.0)
-    nn.init.ones_(model.downsample[0].weight)
-    model.downsample[0].bias.data.zero_()
-    seen = []
-    model.downsample[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    halving, seen = model.down[1], []  # after the one block of the first level
+    nn.init.ones_(halving[1].weight)
+    halving.register_forward_hook(lambda module, inputs, output: seen.append(output))
     model.conv_in.weight.data.zero_()  # all ones reach the downsampling: its blocks start as nothing
     model.conv_in.bias.data.fill_(1)
     model(torch.zeros(1, 1, 4, 4), torch.tensor([0]))
@@ -433,13 +433,64 @@ def test_halving_looks_one_pixel_past_the_right_and_the_bottom_only():
 @pytest.mark.parametrize("kwargs, message", [
     ({"image_size": 0}, "0 can't be halved"),
     ({"base_channels": 0}, "0 base channels"),
-    ({"image_size": 30}, "30 can't be halved 3 times .4 levels.: use a multiple of 8"),
+    ({"image_size": 30}, "30 can't be halved 3 times: use a multiple of 8"),
     ({"base_channels": 48}, "48 base channels.*multiple of 32"),
-    ({"attention_resolutions": (7,)}, r"attention at \(7,\).*\[32, 16, 8, 4\]"),
+    ({"attention_resolutions": (7,)}, r"--attention-resolutions \(7,\).*\[32, 16, 8, 4\]"),
 ])
 def test_networks_that_cannot_be_are_refused_with_what_would_fit(kwargs, message):
     with pytest.raises(ddpm.UserError, match=message):
         ddpm.UNet(**kwargs)
+
+
+def published(folder, **changes):
+    """A folder of published weights, as diffusers lays them out, of a small random network: that network."""
+    torch.manual_seed(3)
+    model = ddpm.UNet(8, 3, 128, (1, 2), 1, (4,), 0.0)
+    for weights in model.parameters():
+        nn.init.normal_(weights, std=0.02)
+    layers = {"down.0": "down_blocks.0.resnets.0", "down.1.1": "down_blocks.0.downsamplers.0.conv",
+              "down.2": "down_blocks.1.resnets.0", "down.2.attention": "down_blocks.1.attentions.0",
+              "middle1": "mid_block.resnets.0", "middle1.attention": "mid_block.attentions.0",
+              "middle2": "mid_block.resnets.1", "up.0": "up_blocks.0.resnets.0", "up.1": "up_blocks.0.resnets.1",
+              "up.0.attention": "up_blocks.0.attentions.0", "up.1.attention": "up_blocks.0.attentions.1",
+              "up.2.1": "up_blocks.0.upsamplers.0.conv", "up.3": "up_blocks.1.resnets.0",
+              "up.4": "up_blocks.1.resnets.1", "time1": "time_embedding.linear_1", "time2": "time_embedding.linear_2"}
+    renamed = {}
+    for name, weights in model.state_dict().items():
+        ours = max((prefix for prefix in layers if name.startswith(prefix + ".")), key=len, default=None)
+        theirs = layers[ours] + name[len(ours):] if ours else name
+        for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out": "proj_attn"}.items():
+            theirs = theirs.replace(new, old)  # as in the authors' own files
+        renamed[theirs] = weights
+    config = {"act_fn": "silu", "attention_head_dim": None, "block_out_channels": [128, 256],
+              "center_input_sample": False, "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+              "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "in_channels": 3,
+              "layers_per_block": 1, "mid_block_scale_factor": 1, "norm_eps": 1e-6, "norm_num_groups": 32,
+              "out_channels": 3, "sample_size": 8, "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]} | changes
+    Path(folder).mkdir()
+    Path(folder, "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "left out"}))
+    torch.save(renamed, Path(folder, "diffusion_pytorch_model.bin"))
+    return model
+
+
+def test_published_weights_are_the_same_network_here(capsys):
+    model, x_t, t = published("weights").eval(), torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    assert torch.equal(ddpm.UNet.from_pretrained("weights")(x_t, t), model(x_t, t))
+    assert run("sample", "--ckpt", "weights", "-n", 1, "--steps", 2, "--device", "cpu", "--out", "new.png") == 0
+    assert Image.open("new.png").size == (8, 8)
+    tuned = ["train", "--init-from", "weights", "--data", folder_of_shapes(2), "--device", "cpu", "--batch-size", 2]
+    assert run(*tuned, "--steps", 1, "--lr", 0, "--out", "tuned") == 0
+    assert same(ckpt("tuned")["ema"], model.state_dict())
+
+
+@pytest.mark.parametrize("field, value", [
+    ("norm_eps", 1e-5), ("downsample_padding", 1), ("flip_sin_to_cos", True), ("attention_head_dim", 8),
+    ("freq_shift", "left out"), ("block_out_channels", [64, 128]),
+])
+def test_published_weights_of_another_kind_of_network_are_refused_by_the_field(field, value, capsys):
+    published("weights", **{field: value})
+    assert run("sample", "--ckpt", "weights", "--device", "cpu") == 2
+    assert field in capsys.readouterr().err
 
 
 # Data
@@ -557,7 +608,7 @@ def test_one_class_of_a_folder_or_a_set(capsys):
     assert len(ddpm.Pictures("shapes", 8, 3, only="2")) == 3333
     with pytest.raises(ddpm.UserError, match="no class 'ship', it has: circle, square, triangle"):
         ddpm.Pictures("shapes", 8, 3, only="ship")
-    with pytest.raises(ddpm.UserError, match="no sub-folder 'plane'"):
+    with pytest.raises(ddpm.UserError, match="plane holds no images"):
         ddpm.Pictures("images", 8, 3, only="plane")
 
 
@@ -581,12 +632,12 @@ def test_a_downloaded_set_is_read_in_grey_and_digits_are_not_mirrored(name, fold
 def test_every_epoch_shows_each_picture_once_in_a_new_order():
     numbers = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
     config = ddpm.Config(batch_size=4)
-    data = ddpm.training_batches(numbers, config, 0, torch.device("cpu"))
+    data = ddpm.training_batches(numbers, config, 0)
     seen = torch.cat([next(data).flatten() for _ in range(10)])  # four epochs
     for epoch in seen.view(4, 10):
         assert sorted(epoch.tolist()) == list(range(10))
     assert seen[:10].tolist() != seen[10:20].tolist()
-    later = ddpm.training_batches(numbers, config, 6, torch.device("cpu"))
+    later = ddpm.training_batches(numbers, config, 6)
     assert torch.equal(next(later).flatten(), seen[24:28])  # taken up in the middle
 
 
@@ -679,7 +730,7 @@ def test_fine_tuning_starts_from_the_ema_weights_of_another_run(capsys):
     assert special["step"] == 1 and special["config"]["only"] == "circle"
     assert same(special["model"], general["ema"])  # with a learning rate of 0 they stay what they began as
     assert run(*tuned, "--base-channels", 64, "--out", "other") == 2
-    assert "--base-channels 64 does not fit" in capsys.readouterr().err
+    assert "--base-channels 64, but general/ckpt.pt has 32" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(capsys):
@@ -807,6 +858,54 @@ def test_sample_takes_the_newest_run_and_the_weights_asked_for():
     assert Path("newest.png").read_bytes() == Path("new.png").read_bytes() != Path("plain.png").read_bytes()
 
 
+def tiles(path, left, size):
+    """The pictures of a figure: (rows, columns, size, size, 3), without its labels and the lines between."""
+    pixels = np.array(Image.open(path), int)[24:, left:]
+    scale = 64 // size
+    step = (size + 2) * scale
+    rows, columns = (pixels.shape[0] - 2 * scale) // step, (pixels.shape[1] - 2 * scale) // step
+    assert pixels.shape[:2] == (rows * step + 2 * scale, columns * step + 2 * scale)
+    inner = [[pixels[2 * scale + r * step :: scale, 2 * scale + c * step :: scale][:size, :size] for c in range(columns)]
+             for r in range(rows)]
+    return np.array(inner)
+
+
+def test_figures_show_what_they_say(capsys):
+    folder_of_shapes(3)
+    assert run("train", "--data", "images", *FAST, "--steps", 1) == 0
+    flags = ["--device", "cpu", "--amp", "off"]
+    assert run("show", "forward", "--ckpt", "runs/images/ckpt.pt", "-n", 3, "--data", "images", *flags) == 0
+    forward = tiles("forward.png", 0, 8)
+    assert forward.shape == (3, 12, 8, 8, 3)
+    pictures = [ddpm.Pictures("images", 8, 3)[i].transpose(1, 2, 0) for i in range(3)]
+    first = min(np.abs(forward[0, 0] - picture).mean() for picture in pictures)
+    last = min(np.abs(forward[0, 11] - picture).mean() for picture in pictures)
+    assert first < 10 < 60 < last  # a little noise at t = 0, and nothing but noise in the end
+
+    assert run("show", "progressive", "-n", 2, "--out", "steps.png", *flags) == 0
+    assert run("sample", "-n", 2, "--out", "samples.png", "--individual", *flags) == 0
+    progressive = tiles("steps.png", 110, 8)
+    assert progressive.shape == (4, 12, 8, 8, 3)
+    for i in range(2):  # rows of x_t and of the predicted x_0, which both end as the picture that sample draws
+        sample = np.array(Image.open(f"samples/{i:06}.png"), int)
+        assert np.array_equal(progressive[2 * i, -1], sample) and np.array_equal(progressive[2 * i + 1, -1], sample)
+
+    assert run("show", "interpolate", *flags) == 0
+    interpolate = tiles("interpolate.png", 110, 8)
+    assert interpolate.shape == (8, 13, 8, 8, 3)
+    for end in (0, -1):  # every row has the two pictures themselves at its ends
+        assert (interpolate[:, end] == interpolate[0, end]).all()
+        assert min(np.abs(interpolate[0, end] - picture).max() for picture in pictures) == 0
+    near = [np.abs(interpolate[row, 1] - interpolate[row, 0]).mean() for row in range(8)]
+    assert near[0] < 0.5 * near[-1]  # a few steps of noise can be undone, all of them cannot
+    assert run("show", "interpolate", *flags) == 2 and "interpolate.png is there already" in capsys.readouterr().err
+
+
+def test_the_forward_figure_needs_no_checkpoint():
+    assert run("show", "forward", "--data", "shapes", "-n", 2) == 0
+    assert tiles("forward.png", 0, 64).shape == (2, 12, 64, 64, 3)
+
+
 def test_eval_measures_bits_per_dim_on_test_pictures_and_they_fall_with_training(capsys):
     flags = [*FAST, "--data", "shapes", "--amp", "off", "--lr", 1e-3, "--ema-decay", 0.9]
     assert run("train", *flags, "--steps", 1, "--out", "short") == run("train", *flags, "--steps", 80, "--out", "long") == 0
@@ -816,7 +915,7 @@ def test_eval_measures_bits_per_dim_on_test_pictures_and_they_fall_with_training
         command = ["eval", "--ckpt", f"{name}/ckpt.pt", "-n", 20, "--device", "cpu", "--json"]
         assert run(*command, f"{name}.json") == 0
         out, result = capsys.readouterr().out, json.loads(Path(f"{name}.json").read_text())
-        assert "20 test pictures of shapes" in out and f"{result['total']['mean']:.4f}" in out
+        assert "over 20 pictures" in out and f"{result['total']['mean']:.4f}" in out
         parts = result["rate"]["mean"] + result["distortion"]["mean"]
         assert result["total"]["mean"] == pytest.approx(parts) == pytest.approx(sum(result["terms"]))
         assert len(result["terms"]) == 51 and len(result["mse"]) == 50 and result["total"]["standard_error"] > 0
@@ -825,7 +924,7 @@ def test_eval_measures_bits_per_dim_on_test_pictures_and_they_fall_with_training
     _, checkpoint, config = ddpm.load_checkpoint("long/ckpt.pt")
     model, diffusion = ddpm.build(config)
     model.load_state_dict(checkpoint["ema"])
-    x_0 = ddpm.to_unit(ddpm.Pictures("shapes", 8, 3, train=False).read(workers=0, n=20, seed=0))
+    x_0 = ddpm.to_unit(ddpm.chosen_pictures(argparse.Namespace(data=None, seed=0), config, 20))
     bits = diffusion.bits_per_dim(model.eval(), x_0)[0].sum(1).numpy()
     assert result["total"]["mean"] == pytest.approx(bits.mean(), rel=1e-4)
     assert result["total"]["standard_error"] == pytest.approx(bits.std() / 20**0.5, rel=1e-3)
@@ -838,9 +937,12 @@ def test_test_pictures_are_not_training_pictures():
     train, test = ddpm.Pictures("shapes", 8, 3), ddpm.Pictures("shapes", 8, 3, train=False)
     assert len(train) == len(test) == 10_000
     assert not any(np.array_equal(train[i], test[i]) for i in range(50))
-    some = test.read(workers=0, n=5, seed=3)
-    assert len(some) == 5 and torch.equal(some, test.read(workers=0, n=9, seed=3)[:5])
-    assert not torch.equal(some, test.read(workers=0, n=5, seed=4))
+    config = ddpm.Config(image_size=8, attention_resolutions=(), data="shapes")
+    some, more, others = (ddpm.chosen_pictures(argparse.Namespace(data=None, seed=seed), config, n)
+                          for seed, n in ((3, 5), (3, 9), (4, 5)))
+    assert len(some) == 5 and torch.equal(some, more[:5]) and not torch.equal(some, others)
+    held_out = {test[i].tobytes() for i in range(10_000)}
+    assert all(picture.numpy().tobytes() in held_out for picture in some)
 
 
 # The command line
@@ -873,7 +975,11 @@ def test_test_pictures_are_not_training_pictures():
     (["eval"], ["no run below ./runs", "train first"]),
     (["eval", "--batch-size", "0"], ["--batch-size is 0: it must be at least 1"]),
     (["sample", "--ckpt", "huge.pt"], ["huge.pt is damaged: its weights"]),
-    (["sample", "--ckpt", "."], [". "]),
+    (["sample", "--ckpt", "."], ["no checkpoint config.json"]),
+    (["sample", "--out", "new.jpg", "--ckpt", "good.pt"], ["new.jpg does not end in .png"]),
+    (["show", "forward"], ["is neither a folder nor a named set"]),
+    (["show", "progressive"], ["no run below ./runs"]),
+    (["show", "waves"], ["invalid choice: 'waves'"]),
     (["paint"], ["invalid choice: 'paint'"]),
 ])
 def test_every_mistake_is_one_line_that_names_it_and_status_2(args, fragments, capsys):
@@ -881,6 +987,10 @@ def test_every_mistake_is_one_line_that_names_it_and_status_2(args, fragments, c
         def __reduce__(self):
             return os.mkdir, ("executed",)
 
+    if "good.pt" in args:
+        assert run("train", "--data", folder_of_shapes(1), *FAST, "--steps", 1, "--out", ".") == 0
+        Path("ckpt.pt").rename("good.pt")
+        capsys.readouterr()
     torch.save(Evil(), "evil.pt")
     torch.save({"weights": torch.ones(3)}, "other.pt")
     config = {"base_channels": 1024, "channel_mults": (1, 64, 64, 64), "attention_resolutions": ()}  # terabytes
@@ -972,6 +1082,48 @@ def test_a_run_killed_at_any_moment_goes_on_and_logs_each_step_once():
     assert [int(row.split(",")[0]) for row in log.read_text().splitlines()[1:]] == list(range(1, step + 3))
     assert not list(Path("run").glob("*.tmp"))
     assert run("sample", "--ckpt", "run/ckpt.pt", "-n", 1, "--steps", 2, "--device", "cpu") == 0
+
+
+def test_running_out_of_memory_names_the_flags_that_help(monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+
+    monkeypatch.setattr(ddpm.Diffusion, "loss", full)
+    assert run("train", "--data", folder_of_shapes(1), *FAST) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--batch-size" in error and "--accumulate" in error
+
+
+def torchrun(*args):
+    """The program in two processes, as torchrun starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *args]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=100)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="torchrun needs libuv, which torch lacks on Windows")
+def test_two_processes_do_what_one_does():
+    flags = ["--data", folder_of_shapes(10), *FAST, "--amp", "off", "--log-every", 1]
+    together = torchrun("train", *flags, "--steps", 3, "--out", "two")
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("step 3/3") == 1  # the first alone prints
+    assert run("train", *flags, "--steps", 3, "--out", "one", "--accumulate", 2) == 0
+    one, two = ckpt("one"), ckpt("two")
+    for key in ("model", "ema"):
+        for name, weights in one[key].items():
+            torch.testing.assert_close(two[key][name], weights, atol=1e-5, rtol=0)
+    losses = [[row.split(",")[1] for row in Path(out, "log.csv").read_text().splitlines()[1:]] for out in ("one", "two")]
+    assert len(losses[0]) == 3 and np.allclose(np.float64(losses[0]), np.float64(losses[1]), atol=2e-6)
+    assert run("train", "--resume", "--out", "two", "--steps", 4, "--device", "cpu") == 0  # goes on with one
+    for command, out in (["sample", "-n", 5, "--batch-size", 2], "png"), (["eval", "-n", 5, "--batch-size", 2], "json"):
+        command += ["--ckpt", "one/ckpt.pt", "--amp", "off", "--device", "cpu", "--json" if out == "json" else "--out"]
+        assert run(*command, f"one.{out}") == 0
+        together = torchrun(*command, f"two.{out}")
+        assert together.returncode == 0, together.stderr
+    assert np.abs(np.array(Image.open("one.png"), int) - np.array(Image.open("two.png"), int)).max() <= 1
+    terms = [json.loads(Path(f"{name}.json").read_text())["terms"] for name in ("one", "two")]
+    assert terms[0] == pytest.approx(terms[1], rel=1e-3, abs=1e-5)
+    assert torchrun("train", *flags, "--out", "one").returncode != 0  # both end, with the error
 
 
 def test_the_readme_says_which_lines_hold_which_section():
