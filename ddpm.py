@@ -170,7 +170,7 @@ class Diffusion(nn.Module):
         model_variance = {"fixedlarge": betas, "fixedsmall": posterior_variance}[variance]
         # beta~_1 is 0, its logarithm would not be finite: the released code takes beta~_2 there, in both variances.
         first = posterior_variance[1:2]
-        tables = {
+        for name, table in {
             "betas": betas,
             "alpha_bars": alpha_bars,
             "sqrt_alpha_bars": alpha_bars.sqrt(),
@@ -180,8 +180,7 @@ class Diffusion(nn.Module):
             "posterior_variance": posterior_variance,
             "posterior_log_variance": torch.cat([first, posterior_variance[1:]]).log(),
             "model_log_variance": torch.cat([first, model_variance[1:]]).log(),
-        }
-        for name, table in tables.items():
+        }.items():
             self.register_buffer(name, table.float())
 
     def q_sample(self, x_0, t, eps):
@@ -275,22 +274,16 @@ def sinusoidal_embedding(t, dim):
     angles = t.float()[:, None] * frequencies[None, :]  # (B, half)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation in the paper's 32 groups, in thinner networks fewer. (B, C, H, W) -> same.
-    A group has 4 channels at least: one channel alone would lose its mean, and with it the time embedding."""
-
-    def __init__(self, channels):
-        super().__init__(min(32, channels // 4), channels, eps=1e-6)  # TensorFlow's eps, not PyTorch's 1e-5
-
-    def forward(self, x):
-        return super().forward(x.contiguous())  # PyTorch's CPU kernel takes twice as long on channels_last
+def group_norm(channels):
+    """Normalisation in the paper's 32 groups, in thin networks of 4 channels each: 1 would lose the time embedding."""
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)  # TensorFlow's eps, not PyTorch's 1e-5
 
 class Attention(nn.Module):
     """Self-attention over all positions of a feature map, one head as wide as the channels. (B, C, H, W) -> same."""
 
     def __init__(self, channels):
         super().__init__()
-        self.group_norm = GroupNorm(channels)
+        self.group_norm = group_norm(channels)
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(channels, channels) for _ in range(4))  # 1x1 convs
 
     def forward(self, x):
@@ -304,10 +297,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, temb_channels, dropout, attention):
         super().__init__()
-        self.norm1 = GroupNorm(in_channels)
+        self.norm1 = group_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(temb_channels, out_channels)
-        self.norm2 = GroupNorm(out_channels)
+        self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -356,7 +349,7 @@ class UNet(nn.Module):
                 h = width
             if size != sizes[0]:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(h, h, 3, padding=1)))
-        self.conv_norm_out = GroupNorm(h)
+        self.conv_norm_out = group_norm(h)
         self.conv_out = nn.Conv2d(h, channels, 3, padding=1)
         for name, weights in self.named_parameters():
             if name.endswith(("bias", "conv2.weight", "to_out.weight", "conv_out.weight")):
@@ -591,7 +584,7 @@ def pick_device(name, amp):
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto":  # older releases of torch can't tell what a CPU has
         capabilities = getattr(torch.cpu, "get_capabilities", dict)() if name == "cpu" else {}
-        amp = "bf16" if capabilities.get("amx_bf16") else "off"
+        amp = "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "off"
     if amp == "fp16" and name == "cpu":
         raise UserError("--amp fp16 is for accelerators: use --amp bf16 or off on the CPU")
     return torch.device(name), {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
@@ -645,7 +638,7 @@ def train(config, out, device, amp, checkpoint=None):
     pictures = Pictures(config.data, config.image_size, config.channels, config.only, config.data_root)
     if len(pictures) * config.channels * config.image_size**2 <= config.cache_gb * 2**30:  # others are streamed
         pictures = pictures.read(config.workers).to(device)
-    model, diffusion = model.to(device, memory_format=torch.channels_last), diffusion.to(device)
+    model, diffusion = model.to(device), diffusion.to(device)
     ema = EMA(model, config.ema_decay)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -726,7 +719,7 @@ def load_run(args):
     device, dtype = pick_device(args.device, args.amp)
     model, diffusion = build(config)
     model.load_state_dict(checkpoint["model" if args.no_ema else "ema"])
-    model = model.eval().to(device, memory_format=torch.channels_last)
+    model = model.eval().to(device)
     print(f"{path}: step {checkpoint['step']:,}, {'plain' if args.no_ema else 'EMA'} weights, seed {args.seed}")
     return diffusion.to(device), torch.autocast(device.type, dtype, enabled=dtype is not None)(model), config, path
 
@@ -994,6 +987,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 128 + signal.SIGINT
+    finally:
+        if WORLD > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
 if __name__ == "__main__":
     sys.exit(main())
