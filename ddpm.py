@@ -31,6 +31,7 @@ import signal
 import struct
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -453,6 +454,7 @@ SETS = {"shapes": Shapes, "mnist": datasets.MNIST, "fashion-mnist": datasets.Fas
 EXTENSIONS = (*datasets.folder.IMG_EXTENSIONS, ".gif")
 # What Pillow's many decoders raise on files that are broken, or no pictures at all.
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of large pictures, twice as large ones are an error
 
 class Pictures(torch.utils.data.Dataset):
     """The pictures of a folder or of a named set. Item i is a uint8 array (C, size, size), or says why it is broken.
@@ -476,7 +478,7 @@ class Pictures(torch.utils.data.Dataset):
                                 and (not only or only in path.relative_to(data).parts[:-1]))
             missing = f"{Path(data, only)} holds no images (looked for {' '.join(EXTENSIONS)})"
         else:
-            raise UserError(f"{data} is neither a folder nor a named set ({', '.join(SETS)})")
+            raise UserError(f"--data {data!r} is neither a folder of pictures nor one of {', '.join(SETS)}")
         if not self.items:
             raise UserError(missing)
 
@@ -652,7 +654,7 @@ def train(config, out, device, amp, checkpoint=None):
     net, ema_net = mixed(torch.compile(net) if config.compile else net), mixed(ema.model)
     log, header = out / "log.csv", "step,loss,lr,grad_norm,images_per_s"
     rows = log.read_text().splitlines()[1:] if first and log.exists() else []
-    rows = [row for row in rows if int(row.split(",")[0]) <= first]  # the others come again
+    rows = [row for row in rows if row.split(",")[0].isdecimal() and int(row.split(",")[0]) <= first]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(pictures):,} pictures, {device.type} "
           f"in {amp or torch.float32}, run folder {out}\n{config}")
     data, stop = training_batches(pictures, config, first), []
@@ -663,7 +665,7 @@ def train(config, out, device, amp, checkpoint=None):
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     progress, total_loss, logged = Progress("step", config.steps, first), torch.zeros((), device=device), first
-    logged_at, text = time.monotonic(), ""
+    logged_at, text, spikes = time.monotonic(), "", torch.zeros((), device=device)
 
     for step in range(first, config.steps):
         optimizer.param_groups[0]["lr"] = lr = config.lr * min(1, (step + 1) / max(1, config.warmup))
@@ -677,6 +679,7 @@ def train(config, out, device, amp, checkpoint=None):
             total_loss += loss.detach()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        spikes += ~(norm <= 10 * config.grad_clip)  # or not finite: such steps are left out in fp16
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -695,6 +698,7 @@ def train(config, out, device, amp, checkpoint=None):
             replace_file(log, lambda path: path.write_text("\n".join([header, *rows, ""])))
             total_loss.zero_()
             logged, logged_at, text = done, time.monotonic(), f"  loss {loss:.4f}  lr {lr:.1e}  {speed:.0f} images/s"
+            text += f"  {spikes.item():.0f} spikes of the gradient" if spikes > 0 else ""
         progress.update(text, now=logged == done)
         if saving:
             checkpoint = {name: part.state_dict() for name, part in parts.items()}
@@ -910,8 +914,6 @@ def train_command(args):
             base = dataclasses.replace(base, channels=1, flip=name != "mnist")
     config = dataclasses.replace(base, **flags)
     config = dataclasses.replace(config, accumulate=math.lcm(config.accumulate, WORLD))  # each process has its passes
-    if not config.data:
-        raise UserError(f"--data is missing: name a folder of pictures, or one of {', '.join(SETS)}")
     for name in NETWORK_FIELDS if checkpoint else ():
         if getattr(config, name) != getattr(base, name):
             raise UserError(f"{flag_name(name)} {getattr(config, name)}, but {path} has {getattr(base, name)}")

@@ -743,6 +743,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(c
     assert Path("run/ckpt.pt").read_bytes() == before
 
 
+def test_spikes_of_the_gradient_are_counted_and_shown(capsys):
+    flags = ["--data", folder_of_shapes(3), *FAST, "--steps", 3]
+    assert run("train", *flags) == 0 and "spikes" not in capsys.readouterr().out
+    assert run("train", *flags, "--grad-clip", 1e-6, "--out", "spiky") == 0  # each gradient is ten times as large
+    assert "3 spikes of the gradient" in capsys.readouterr().out
+
+
 def test_a_run_folder_with_a_checkpoint_is_never_overwritten(capsys):
     flags = ["--data", folder_of_shapes(3), *FAST, "--steps", 1]
     assert run("train", *flags) == 0
@@ -949,8 +956,8 @@ def test_test_pictures_are_not_training_pictures():
 
 
 @pytest.mark.parametrize("args, fragments", [
-    (["train"], ["--data is missing", "shapes"]),
-    (["train", "--data", "nowhere"], ["nowhere is neither a folder nor a named set"]),
+    (["train"], ["--data '' is neither a folder of pictures nor one of shapes"]),
+    (["train", "--data", "nowhere"], ["--data 'nowhere' is neither a folder of pictures nor one of shapes, mnist"]),
     (["train", "--data", "."], ["holds no images (looked for .jpg"]),
     (["train", "--data", "images", "--steps", "x"], ["--steps: invalid int value: 'x'"]),
     (["train", "--data", "images", "--steps", "0"], ["--steps is 0: it must be at least 1"]),
@@ -977,7 +984,7 @@ def test_test_pictures_are_not_training_pictures():
     (["sample", "--ckpt", "huge.pt"], ["huge.pt is damaged: its weights"]),
     (["sample", "--ckpt", "."], ["no checkpoint config.json"]),
     (["sample", "--out", "new.jpg", "--ckpt", "good.pt"], ["new.jpg does not end in .png"]),
-    (["show", "forward"], ["is neither a folder nor a named set"]),
+    (["show", "forward"], ["--data '' is neither a folder of pictures nor one of shapes"]),
     (["show", "progressive"], ["no run below ./runs"]),
     (["show", "waves"], ["invalid choice: 'waves'"]),
     (["paint"], ["invalid choice: 'paint'"]),
