@@ -399,7 +399,8 @@ def read_published(folder):
     config = {
         "image_size": size, "channels": given["in_channels"], "base_channels": widths[0], "num_res_blocks": n,
         "channel_mults": tuple(width // widths[0] for width in widths), "attention_resolutions": attention,
-        "variance": "fixedlarge" if size == 32 else "fixedsmall",  # as the paper's Sec. 4 says, the file does not
+        # as the paper's Sec. 3.2 and Appendix B say for CIFAR-10 and for the others; the file does not
+        "variance": "fixedlarge" if size == 32 else "fixedsmall", "dropout": 0.1 if size == 32 else 0.0,
     }
     for i, j in itertools.product(range(len(widths)), range(n + 1)):
         down, up = f"down.{i * (n + 1) + j}", f"up.{i * (n + 2) + j}"
@@ -652,6 +653,7 @@ def train(config, out, device, amp, checkpoint=None):
     mixed = torch.autocast(device.type, amp, enabled=amp is not None)
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     net, ema_net = mixed(torch.compile(net) if config.compile else net), mixed(ema.model)
+    out.mkdir(parents=True, exist_ok=True)  # if it can't be, this is the moment to say so
     log, header = out / "log.csv", "step,loss,lr,grad_norm,images_per_s"
     rows = log.read_text().splitlines()[1:] if first and log.exists() else []
     rows = [row for row in rows if row.split(",")[0].isdecimal() and int(row.split(",")[0]) <= first]
