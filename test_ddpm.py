@@ -830,6 +830,9 @@ def test_sample_writes_a_grid_single_pictures_and_a_film(capsys):
     assert np.array_equal(np.array(Image.open(singles[4])), np.array(grid)[12:20, 12:20])
     film = Image.open("runs/images/samples-000.gif")
     assert film.n_frames > 20 and film.size == grid.size
+    assert run("sample", "-n", 5, "--batch-size", 3, "--gif", "--device", "cpu", "--out", "short.png") == 0
+    short = Image.open("short.gif")  # a film of the first batch
+    assert short.size == (2 * 10 + 2, 2 * 10 + 2) and 20 < short.n_frames <= 51
     film.seek(film.n_frames - 1)
     assert np.abs(np.array(film.convert("RGB"), int) - np.array(grid, int)).mean() < 10  # it ends with the pictures
 
@@ -879,15 +882,16 @@ def tiles(path, left, size):
 
 def test_figures_show_what_they_say(capsys):
     folder_of_shapes(3)
-    assert run("train", "--data", "images", *FAST, "--steps", 1) == 0
+    assert run("train", "--data", "images", *FAST, "--steps", 1, "--lr", 0) == 0  # a network that predicts no noise
     flags = ["--device", "cpu", "--amp", "off"]
-    assert run("show", "forward", "--ckpt", "runs/images/ckpt.pt", "-n", 3, "--data", "images", *flags) == 0
-    forward = tiles("forward.png", 0, 8)
-    assert forward.shape == (3, 12, 8, 8, 3)
+    Path("other").mkdir()
+    ddpm.Shapes()[7][0].save("other/7.png")
+    assert run("show", "forward", "--ckpt", "runs/images/ckpt.pt", "-n", 3, "--data", "other", *flags) == 0
+    forward, other = tiles("forward.png", 0, 8), ddpm.Pictures("other", 8, 3)[0].transpose(1, 2, 0)
+    assert forward.shape == (1, 12, 8, 8, 3)
+    assert np.abs(forward[0, 0] - other).mean() < 10  # a little noise at t = 0
+    assert forward[0, 11].std() > 80 and abs(np.corrcoef(forward[0, 11].flat, other.flat)[0, 1]) < 0.2  # only noise
     pictures = [ddpm.Pictures("images", 8, 3)[i].transpose(1, 2, 0) for i in range(3)]
-    first = min(np.abs(forward[0, 0] - picture).mean() for picture in pictures)
-    last = min(np.abs(forward[0, 11] - picture).mean() for picture in pictures)
-    assert first < 10 < 60 < last  # a little noise at t = 0, and nothing but noise in the end
 
     assert run("show", "progressive", "-n", 2, "--out", "steps.png", *flags) == 0
     assert run("sample", "-n", 2, "--out", "samples.png", "--individual", *flags) == 0
@@ -896,6 +900,9 @@ def test_figures_show_what_they_say(capsys):
     for i in range(2):  # rows of x_t and of the predicted x_0, which both end as the picture that sample draws
         sample = np.array(Image.open(f"samples/{i:06}.png"), int)
         assert np.array_equal(progressive[2 * i, -1], sample) and np.array_equal(progressive[2 * i + 1, -1], sample)
+        x_T = next(ddpm.noise_for((1, 3, 8, 8), "cpu", 0, i))[0]  # without noise, x_0 would be x_T, undone its fading
+        guess = ddpm.to_uint8(x_T / ddpm.Diffusion(50).sqrt_alpha_bars[-1]).permute(1, 2, 0)
+        assert np.abs(progressive[2 * i + 1, 0] - guess.numpy()).max() <= 1
 
     assert run("show", "interpolate", *flags) == 0
     interpolate = tiles("interpolate.png", 110, 8)
@@ -906,6 +913,27 @@ def test_figures_show_what_they_say(capsys):
     near = [np.abs(interpolate[row, 1] - interpolate[row, 0]).mean() for row in range(8)]
     assert near[0] < 0.5 * near[-1]  # a few steps of noise can be undone, all of them cannot
     assert run("show", "interpolate", *flags) == 2 and "interpolate.png is there already" in capsys.readouterr().err
+
+
+def test_pictures_are_mixed_where_the_reverse_process_takes_over():
+    diffusion, seen = ddpm.Diffusion(80), {}
+    args = argparse.Namespace(data=folder_of_shapes(2), seed=0)
+    config = ddpm.Config(image_size=32, data="images")
+
+    def model(x_t, t):
+        seen.setdefault(t[0].item(), []).append(x_t)
+        return torch.zeros_like(x_t)
+
+    ddpm.interpolation_figure(diffusion, model, config, args)
+    assert {t: len(calls) for t, calls in seen.items()} == {t: 8 - t // 10 for t in range(80)}
+    pictures = [ddpm.to_unit(torch.from_numpy(ddpm.Pictures("images", 32, 3)[i])) for i in (0, 1)]
+    _, alpha_bars = paper_schedule(80)
+    for t in range(9, 80, 10):  # where a row begins: its ends are the two pictures at t, with one noise
+        a, b = seen[t][0][0], seen[t][0][10]
+        noise = min(((x - math.sqrt(alpha_bars[t]) * picture).std().item() for x in (a, b) for picture in pictures))
+        assert noise == pytest.approx(math.sqrt(1 - alpha_bars[t]), rel=0.05)
+        assert (a - b).std() < math.sqrt(alpha_bars[t]) * (pictures[0] - pictures[1]).std() * 1.01 + 1e-6
+        torch.testing.assert_close(seen[t][0][3], 0.7 * a + 0.3 * b)
 
 
 def test_the_forward_figure_needs_no_checkpoint():
