@@ -158,7 +158,7 @@ def discretised_log_likelihood(x_0, mean, sigma):
 class Diffusion(nn.Module):
     """The two Markov chains: q, which adds noise, and p_theta, which a network `model(x_t, t) -> eps` takes back.
     Holds tables over t = 0..T-1, computed in float64 and kept as float32 buffers. `variance` is the reverse process's
-    (Sec. 3.2): "fixedlarge", beta_t, or "fixedsmall", beta~_t."""
+    (Sec. 3.2): "fixedlarge", beta_t, or "fixedsmall", beta~_t; KeyError if it is another."""
 
     def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02, variance="fixedlarge"):
         super().__init__()
@@ -653,10 +653,10 @@ def train(config, out, device, amp, checkpoint=None):
     mixed = torch.autocast(device.type, amp, enabled=amp is not None)
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     net, ema_net = mixed(torch.compile(net) if config.compile else net), mixed(ema.model)
-    out.mkdir(parents=True, exist_ok=True)  # if it can't be, this is the moment to say so
-    log, header = out / "log.csv", "step,loss,lr,grad_norm,images_per_s"
-    rows = log.read_text().splitlines()[1:] if first and log.exists() else []
-    rows = [row for row in rows if row.split(",")[0].isdecimal() and int(row.split(",")[0]) <= first]
+    log = out / "log.csv"
+    rows = [row.split(",") for row in log.read_text().splitlines()] if first and log.exists() else []
+    rows = [",".join(row) for row in rows if len(row) == 5 and row[0].isdecimal() and int(row[0]) <= first]
+    replace_file(log, lambda path: path.write_text("\n".join(["step,loss,lr,grad_norm,images_per_s", *rows, ""])))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(pictures):,} pictures, {device.type} "
           f"in {amp or torch.float32}, run folder {out}\n{config}")
     data, stop = training_batches(pictures, config, first), []
@@ -696,8 +696,9 @@ def train(config, out, device, amp, checkpoint=None):
                 raise UserError(f"the loss or its gradient is not finite any more at step {done}, the last checkpoint "
                                 "is from before: try a lower --lr, a longer --warmup or --amp off")
             speed = (done - logged) * config.batch_size / (time.monotonic() - logged_at)
-            rows.append(f"{done},{loss:.6f},{lr:.6g},{norm:.4f},{speed:.1f}")
-            replace_file(log, lambda path: path.write_text("\n".join([header, *rows, ""])))
+            if RANK == 0:
+                with log.open("a") as file:
+                    file.write(f"{done},{loss:.6f},{lr:.6g},{norm:.4f},{speed:.1f}\n")
             total_loss.zero_()
             logged, logged_at, text = done, time.monotonic(), f"  loss {loss:.4f}  lr {lr:.1e}  {speed:.0f} images/s"
             text += f"  {spikes.item():.0f} spikes of the gradient" if spikes > 0 else ""
