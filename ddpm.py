@@ -453,7 +453,7 @@ class Shapes:
 SETS = {"shapes": Shapes, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
         "cifar100": datasets.CIFAR100, "flowers102": datasets.Flowers102}  # names for --data
 EXTENSIONS = (*datasets.folder.IMG_EXTENSIONS, ".gif")
-# What Pillow's many decoders raise on files that are broken, or no pictures at all.
+# What Pillow's many decoders, and other readers, raise on files that are broken, or something else.
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of large pictures, twice as large ones are an error
 
@@ -621,16 +621,18 @@ def load_checkpoint(path):
         config = Config(**checkpoint["config"])
         with torch.device("meta"):  # takes no memory, whatever the configuration asks for
             expected = {name: weight.shape for name, weight in build(config)[0].state_dict().items()}
-        shapes = [{name: w.shape for name, w in checkpoint[key].items()} for key in ("model", "ema")]
-        if shapes != [expected, expected] or not isinstance(checkpoint["step"], int):
+        held = [checkpoint["model"], checkpoint["ema"]]
+        adam = checkpoint["optimizer"]["state"] if checkpoint["step"] else {}  # {} too if fp16 left out all updates
+        held += [{name: adam[i][key] for i, name in enumerate(expected)} for key in ("exp_avg", "exp_avg_sq") if adam]
+        shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in held]
+        if shapes != [expected] * len(held) or not isinstance(checkpoint["step"], int):  # fused Adam checks no shapes
             raise UserError(f"{path} is damaged: its weights are not those of the network that it describes")
         return path, checkpoint, config
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {error.filename}: name another, or train first") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py ({error})") from error
-    except (OSError, RuntimeError, EOFError, pickle.PickleError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py") from None
+    except (*BROKEN, RuntimeError, LookupError, AttributeError, pickle.PickleError) as error:
+        why = f" ({error})" if isinstance(error, ValueError) else ""  # torch would advise to run the code inside
+        raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py{why}") from error
 
 def train(config, out, device, amp, checkpoint=None):
     """Algorithm 1 on the pictures of config.data. Checkpoints, log.csv and grids of samples go to the folder `out`.
@@ -645,15 +647,14 @@ def train(config, out, device, amp, checkpoint=None):
     ema = EMA(model, config.ema_decay)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    parts, first = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler}, 0
-    if checkpoint:
-        first = checkpoint["step"]
-        for name in parts if first else ("model", "ema"):
-            parts[name].load_state_dict(checkpoint[name])
+    parts = {"model": model, "ema": ema.model, "optimizer": optimizer, "scaler": scaler}
+    for name, part in parts.items():
+        if checkpoint and checkpoint.get(name):  # fine-tuning has weights alone, and only runs in fp16 a scale to keep
+            part.load_state_dict(checkpoint[name])
     mixed = torch.autocast(device.type, amp, enabled=amp is not None)
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     net, ema_net = mixed(torch.compile(net) if config.compile else net), mixed(ema.model)
-    log = out / "log.csv"
+    log, first = out / "log.csv", checkpoint["step"] if checkpoint else 0
     rows = [row.split(",") for row in log.read_text().splitlines()] if first and log.exists() else []
     rows = [",".join(row) for row in rows if len(row) == 5 and row[0].isdecimal() and int(row[0]) <= first]
     replace_file(log, lambda path: path.write_text("\n".join(["step,loss,lr,grad_norm,images_per_s", *rows, ""])))
@@ -704,9 +705,9 @@ def train(config, out, device, amp, checkpoint=None):
             text += f"  {spikes.item():.0f} spikes of the gradient" if spikes > 0 else ""
         progress.update(text, now=logged == done)
         if saving:
-            checkpoint = {name: part.state_dict() for name, part in parts.items()}
-            checkpoint |= {"config": dataclasses.asdict(config), "step": done}
-            replace_file(out / "ckpt.pt", lambda path: torch.save(checkpoint, path))
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"config": dataclasses.asdict(config), "step": done}
+            replace_file(out / "ckpt.pt", lambda path: torch.save(state, path))
         if stopping:
             break
         if done % config.sample_every == 0 or done == config.steps:

@@ -4,6 +4,7 @@ Expectations are built another way than the code builds them: closed forms, nume
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -779,6 +780,51 @@ def test_a_failed_save_leaves_the_checkpoint_before_it(monkeypatch, capsys):
 
 
 def test_one_picture_smaller_than_the_network_is_enough():
+@pytest.mark.parametrize("change", [
+    lambda optimizer: optimizer["state"][0].update(exp_avg=torch.zeros(1)),
+    lambda optimizer: optimizer["state"][3].pop("exp_avg_sq"),
+    lambda optimizer: optimizer["state"].pop(5),
+    lambda optimizer: optimizer.clear(),
+])
+def test_a_checkpoint_with_the_moments_of_another_network_is_refused(change, capsys):
+    assert run("train", "--data", folder_of_shapes(2), *FAST, "--steps", 2) == 0
+    checkpoint = ckpt("runs/images")
+    change(checkpoint["optimizer"])
+    torch.save(checkpoint, "runs/images/ckpt.pt")
+    assert run("train", "--resume", "--steps", 4, "--device", "cpu") == 2  # not a read past the end of the moments
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "ckpt.pt is damaged" in lines[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_checkpoint_of_an_accelerator_goes_on_and_is_sampled_without_one(monkeypatch):
+    """As torch.save leaves it there: each tensor is marked with the device that it was on."""
+    assert run("train", "--data", folder_of_shapes(2), *FAST, "--steps", 2) == 0
+    checkpoint = ckpt("runs/images")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(checkpoint, "runs/images/ckpt.pt")
+    with pytest.raises(RuntimeError, match="CUDA"):
+        ckpt("runs/images")
+    assert run("train", "--resume", "--steps", 4, "--device", "cpu") == 0 and ckpt("runs/images")["step"] == 4
+    assert run("sample", "-n", 1, "--device", "cpu") == 0
+
+
+def test_a_run_goes_on_in_another_precision():
+    """As when it moves to an accelerator that has fp16 alone: what was saved then knows of no loss scale."""
+    flags = ["--data", folder_of_shapes(2), *FAST, "--amp", "off"]
+    assert run("train", *flags, "--steps", 2) == 0
+    _, checkpoint, config = ddpm.load_checkpoint("runs/images/ckpt.pt")
+    config, checkpoint["optimizer"]["state"] = dataclasses.replace(config, steps=4), {}  # each step so far overflowed
+    torch.save(checkpoint, "runs/images/ckpt.pt")
+    _, checkpoint, _ = ddpm.load_checkpoint("runs/images/ckpt.pt")
+    for amp in (torch.float16, torch.bfloat16):
+        assert ddpm.train(config, Path("runs/images"), torch.device("cpu"), amp, checkpoint) == 0
+        _, checkpoint, config = ddpm.load_checkpoint("runs/images/ckpt.pt")
+        assert checkpoint["step"] == config.steps and bool(checkpoint["scaler"]) == (amp == torch.float16)
+        config = dataclasses.replace(config, steps=6)
+
+
     Path("images").mkdir()
     Image.new("RGB", (3, 5), "red").save("images/only.bmp")
     assert run("train", "--data", "images", *FAST, "--steps", 2) == 0
@@ -1029,7 +1075,7 @@ def test_every_mistake_is_one_line_that_names_it_and_status_2(args, fragments, c
     torch.save(Evil(), "evil.pt")
     torch.save({"weights": torch.ones(3)}, "other.pt")
     config = {"base_channels": 1024, "channel_mults": (1, 64, 64, 64), "attention_resolutions": ()}  # terabytes
-    torch.save({"config": config, "model": {}, "ema": {}, "step": 1}, "huge.pt")
+    torch.save({"config": config, "model": {}, "ema": {}, "step": 0}, "huge.pt")
     Path("broken.pt").write_bytes(Path("other.pt").read_bytes()[:200])
     if "images" in args:
         folder_of_shapes(1)
