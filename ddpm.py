@@ -720,6 +720,7 @@ def train(config, out, device, amp, checkpoint=None):
     return stop[0] if stopping else 0
 
 # 5. Sampling, figures, evaluation -------------------------------------------------------------------------------------
+    args.image_size = config.image_size
 
 def load_run(args):
     """(diffusion, network, config, path) of --ckpt, on --device; the network is ready to be called as model(x_t, t)."""
@@ -856,10 +857,8 @@ FIGURES = {"forward": forward_figure, "progressive": progressive_figure, "interp
 def show_command(args):
     """`show`: one of the paper's figures, as a PNG."""
     out = unused(args.out or f"{args.figure}.png", ".png")
-    if args.figure == "forward" and not args.ckpt:  # needs no network
-        run = Diffusion(), None, Config(image_size=64, data=args.data or "")
-    else:
-        run = load_run(args)[:3]
+    alone = args.figure == "forward" and not args.ckpt  # it needs no network
+    run = (Diffusion(), None, Config(image_size=args.image_size, data=args.data or "")) if alone else load_run(args)[:3]
     image = FIGURES[args.figure](*run, args)
     replace_file(out, lambda file: image.save(file, format="PNG"))
     print(f"wrote {out}")
@@ -919,6 +918,7 @@ def train_command(args):
     config = dataclasses.replace(base, **flags)
     config = dataclasses.replace(config, accumulate=math.lcm(config.accumulate, WORLD))  # each process has its passes
     for name in NETWORK_FIELDS if checkpoint else ():
+    args.batch_size, args.image_size = config.batch_size, config.image_size
         if getattr(config, name) != getattr(base, name):
             raise UserError(f"{flag_name(name)} {getattr(config, name)}, but {path} has {getattr(base, name)}")
     if args.resume and checkpoint["step"] >= config.steps:
@@ -955,7 +955,7 @@ def main(argv=None):
     show = commands.add_parser("show", help="make one of the paper's figures")
     show.add_argument("figure", choices=FIGURES)
     for command, run, n in (sample, sample_command, 64), (evaluate, eval_command, 256), (show, show_command, 8):
-        command.set_defaults(run=run, steps=None, eta=1.0)
+        command.set_defaults(run=run, steps=None, eta=1.0, image_size=64)
         command.add_argument("--ckpt", help="a checkpoint, or a folder of published weights [the newest below runs/]")
         command.add_argument("-n", type=int, default=n, help=f"number of pictures [{n}]")
         command.add_argument("--batch-size", type=int, default=64, help="pictures worked on at a time [64]")
@@ -985,11 +985,15 @@ def main(argv=None):
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         return args.run(args) or 0
     except (UserError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            size = f"{args.batch_size} pictures of {args.image_size} pixels"
+            error = UserError(f"{error} ({size}: lower --batch-size, or raise --accumulate)")
+        if isinstance(error, RuntimeError) and "EADDRINUSE" not in str(error):
             raise
         hint = " (lower --batch-size, or raise train's --accumulate)" if isinstance(error, RuntimeError) else ""
         print("error:", " ".join(str(error).splitlines()) + hint, file=sys.stderr)  # torchvision's have several lines
         return 2
+            time.sleep(0.1)  # torch 2.6 waits for ever for threads that need Python to drop their last tensors
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -1169,10 +1170,17 @@ def test_running_out_of_memory_names_the_flags_that_help(monkeypatch, capsys):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
 
+    command = ["train", "--data", folder_of_shapes(1), *FAST]
+    assert run(*command, "--steps", 1) == 0
     monkeypatch.setattr(ddpm.Diffusion, "loss", full)
-    assert run("train", "--data", folder_of_shapes(1), *FAST) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "--batch-size" in error and "--accumulate" in error
+    monkeypatch.setattr(ddpm.Diffusion, "p_sample", full)
+    before = Path("runs/images/ckpt.pt").read_bytes()
+    for command in (["train", "--resume", "--steps", 2], ["sample", "--batch-size", 4]):
+        assert run(*command, "--device", "cpu") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "--batch-size" in error and "--accumulate" in error
+        assert "4 pictures of 8 pixels" in error
+    assert Path("runs/images/ckpt.pt").read_bytes() == before
 
 
 def torchrun(*args):
@@ -1205,6 +1213,17 @@ def test_two_processes_do_what_one_does():
     terms = [json.loads(Path(f"{name}.json").read_text())["terms"] for name in ("one", "two")]
     assert terms[0] == pytest.approx(terms[1], rel=1e-3, abs=1e-5)
     assert torchrun("train", *flags, "--out", "one").returncode != 0  # both end, with the error
+
+
+@pytest.mark.skipif(os.name == "nt", reason="torchrun needs libuv, which torch lacks on Windows")
+def test_a_port_that_is_taken_is_one_line():
+    with socket.create_server(("", 0)) as server:
+        port = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
+        process = subprocess.run([sys.executable, SCRIPT, "sample"], capture_output=True, text=True, timeout=100,
+                                 env=os.environ | port | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    assert process.returncode == 2
+    lines = process.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and port["MASTER_PORT"] in lines[0]
 
 
 def test_the_readme_says_which_lines_hold_which_section():
