@@ -42,8 +42,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.distributions import Normal, kl_divergence
-from torchvision import datasets
-from torchvision.utils import make_grid
+from torchvision import datasets, utils
 
 class UserError(Exception):
     """A mistake that the user can mend. The command line prints it as one line and exits with status 2."""
@@ -516,9 +515,8 @@ class Pictures(torch.utils.data.Dataset):
         return torch.cat(kept)
 
 def training_batches(pictures, config, step):
-    """The batches of training step `step` and all that follow, for ever: uint8 (B, C, H, W), this rank's of each step.
-    `pictures` is a tensor of them, or a Pictures to stream from. The order of an epoch is a function of the seed and
-    the epoch alone, so that a run can be taken up anywhere. Batches go on across the end of an epoch."""
+    """This rank's batches from training step `step` on, for ever: uint8 (B, C, H, W), of a tensor of pictures, or of a
+    Pictures to stream. An epoch's order depends on the seed and its number alone: a run can be taken up anywhere."""
     n, seen, size = len(pictures), step * config.batch_size, config.batch_size // config.accumulate
     orders = (torch.randperm(n, generator=seeded("cpu", config.seed, e)).tolist() for e in itertools.count(seen // n))
     stream = itertools.islice(itertools.chain.from_iterable(orders), seen % n, None)
@@ -540,11 +538,9 @@ def all_sum(number):
 
 def shared_out(work, items):
     """[work(item) for item in items], the items shared out among the processes; all get all results."""
-    mine = [work(item) for item in items[RANK::WORLD]]
-    everyones = [mine]
+    everyones = [[work(item) for item in items[RANK::WORLD]]] * WORLD
     if WORLD > 1:
-        everyones = [None] * WORLD
-        dist.all_gather_object(everyones, mine)
+        dist.all_gather_object(everyones, everyones[RANK])
     return [everyones[i % WORLD][i // WORLD] for i in range(len(items))]
 
 class EMA:
@@ -720,11 +716,11 @@ def train(config, out, device, amp, checkpoint=None):
     return stop[0] if stopping else 0
 
 # 5. Sampling, figures, evaluation -------------------------------------------------------------------------------------
-    args.image_size = config.image_size
 
 def load_run(args):
     """(diffusion, network, config, path) of --ckpt, on --device; the network is ready to be called as model(x_t, t)."""
     path, checkpoint, config = load_checkpoint(args.ckpt)
+    args.image_size = config.image_size
     device, dtype = pick_device(args.device, args.amp)
     model, diffusion = build(config)
     model.load_state_dict(checkpoint["model" if args.no_ema else "ema"])
@@ -732,14 +728,15 @@ def load_run(args):
     print(f"{path}: step {checkpoint['step']:,}, {'plain' if args.no_ema else 'EMA'} weights, seed {args.seed}")
     return diffusion.to(device), torch.autocast(device.type, dtype, enabled=dtype is not None)(model), config, path
 
-def watched(model, what, calls, on_call=lambda number, x_t, t: None):
-    """The model, with a line that says how many of so many calls it has had; on_call(number, x_t, t) sees each."""
+def watched(model, what, calls, on_call=lambda number, x_t, t, eps: None):
+    """The model, with a line that says how many of so many calls it has had; on_call(number, x_t, t, eps) sees each."""
     progress = Progress(what, calls)
 
     def watched_model(x_t, t):
-        on_call(progress.done, x_t, t)
+        eps = model(x_t, t)
+        on_call(progress.done, x_t, t, eps)
         progress.update()
-        return model(x_t, t)
+        return eps
 
     return watched_model
 
@@ -758,7 +755,7 @@ def draw(diffusion, model, config, args, on_call):
 def grid(pictures, columns=None):
     """A PIL image of all pictures, uint8 (n, C, H, W); as many rows as columns, if not told how many."""
     columns = columns or math.ceil(len(pictures) ** 0.5)
-    return Image.fromarray(make_grid(pictures.cpu(), columns, pad_value=255).permute(1, 2, 0).numpy())
+    return Image.fromarray(utils.make_grid(pictures.cpu(), columns, pad_value=255).permute(1, 2, 0).numpy())
 
 def unused(path, ending):
     """The path, at which nothing must be yet and whose name must end so: UserError otherwise."""
@@ -779,7 +776,7 @@ def sample_command(args):
     folder = args.individual and unused(out.with_suffix(""), "")
     steps, frames = args.steps or diffusion.timesteps, []
 
-    def on_call(number, x_t, t):
+    def on_call(number, x_t, t, eps):
         if args.gif and number < steps and number % math.ceil(steps / 60) == 0:  # the film is of the first batch
             frames.append(grid(to_uint8(x_t)))
 
@@ -827,10 +824,9 @@ def progressive_figure(diffusion, model, config, args):
     args.batch_size, T, columns = args.n, diffusion.timesteps, []
     times = [T - 1, *(T * tenth // 10 for tenth in range(9, -1, -1))]
 
-    def on_call(number, x_t, t):
+    def on_call(number, x_t, t, eps):
         if t[0].item() in times:
-            guess = diffusion.p_mean_variance(model, x_t, t)[3]
-            columns.append(torch.stack([x_t, guess], dim=1).flatten(0, 1).cpu())
+            columns.append(torch.stack([x_t, diffusion.predict_x0(x_t, t, eps)], dim=1).flatten(0, 1).cpu())
 
     x_0 = to_unit(draw(diffusion, model, config, args, on_call)).repeat_interleave(2, dim=0)
     labels = [*(f"t = {t}" for t in times), "x_0"]
@@ -918,11 +914,11 @@ def train_command(args):
     config = dataclasses.replace(base, **flags)
     config = dataclasses.replace(config, accumulate=math.lcm(config.accumulate, WORLD))  # each process has its passes
     for name in NETWORK_FIELDS if checkpoint else ():
-    args.batch_size, args.image_size = config.batch_size, config.image_size
         if getattr(config, name) != getattr(base, name):
             raise UserError(f"{flag_name(name)} {getattr(config, name)}, but {path} has {getattr(base, name)}")
     if args.resume and checkpoint["step"] >= config.steps:
         raise UserError(f"{path} is at step {checkpoint['step']} of {config.steps} already: give it more with --steps")
+    args.batch_size, args.image_size = config.batch_size, config.image_size
     number = train(config, out, *pick_device(args.device, config.amp), checkpoint)
     if number:
         print(f"\nstopped and saved; to go on: python ddpm.py train --resume --out {out}")
@@ -990,15 +986,14 @@ def main(argv=None):
             error = UserError(f"{error} ({size}: lower --batch-size, or raise --accumulate)")
         if isinstance(error, RuntimeError) and "EADDRINUSE" not in str(error):
             raise
-        hint = " (lower --batch-size, or raise train's --accumulate)" if isinstance(error, RuntimeError) else ""
-        print("error:", " ".join(str(error).splitlines()) + hint, file=sys.stderr)  # torchvision's have several lines
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)  # torchvision's have several lines
         return 2
-            time.sleep(0.1)  # torch 2.6 waits for ever for threads that need Python to drop their last tensors
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 128 + signal.SIGINT
     finally:
         if WORLD > 1 and dist.is_initialized():
+            time.sleep(0.1)  # torch 2.6 waits for ever for threads that need Python to drop their last tensors
             dist.destroy_process_group()
 
 if __name__ == "__main__":

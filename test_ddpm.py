@@ -780,7 +780,6 @@ def test_a_failed_save_leaves_the_checkpoint_before_it(monkeypatch, capsys):
     assert run("train", "--resume", "--out", "run", "--steps", 2) == 0
 
 
-def test_one_picture_smaller_than_the_network_is_enough():
 @pytest.mark.parametrize("change", [
     lambda optimizer: optimizer["state"][0].update(exp_avg=torch.zeros(1)),
     lambda optimizer: optimizer["state"][3].pop("exp_avg_sq"),
@@ -826,6 +825,7 @@ def test_a_run_goes_on_in_another_precision():
         config = dataclasses.replace(config, steps=6)
 
 
+def test_one_picture_smaller_than_the_network_is_enough():
     Path("images").mkdir()
     Image.new("RGB", (3, 5), "red").save("images/only.bmp")
     assert run("train", "--data", "images", *FAST, "--steps", 2) == 0
