@@ -606,12 +606,12 @@ def replace_file(path, write):
         raise UserError(f"can't write {path} ({error}): what was there before is untouched") from error
 
 def load_checkpoint(path):
-    """(path, checkpoint, its Config) of a file of `train`, the newest below runs/ if none is named.
+    """(path, checkpoint, its Config) of a run of `train`, its file or its folder, or the newest below runs/ if none.
     Raises UserError when it is something else, damaged, or holds the weights of another network than it describes."""
     files = [path] if path else sorted(Path("runs").glob("**/ckpt.pt"), key=lambda file: file.stat().st_mtime)
     if not files:
         raise UserError("there is no run below ./runs: train first, or name a checkpoint")
-    path = Path(files[-1])
+    path = Path(files[-1], "ckpt.pt" if Path(files[-1], "ckpt.pt").exists() else "")  # a run's folder will do, too
     try:
         checkpoint = read_published(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
         config = Config(**checkpoint["config"])
@@ -627,7 +627,7 @@ def load_checkpoint(path):
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {error.filename}: name another, or train first") from error
     except (*BROKEN, RuntimeError, LookupError, AttributeError, pickle.PickleError) as error:
-        why = f" ({error})" if isinstance(error, ValueError) else ""  # torch would advise to run the code inside
+        why = f" ({error})" if isinstance(error, (OSError, ValueError)) else ""  # torch itself advises to run the code
         raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py{why}") from error
 
 def train(config, out, device, amp, checkpoint=None):
@@ -952,7 +952,7 @@ def main(argv=None):
     show.add_argument("figure", choices=FIGURES)
     for command, run, n in (sample, sample_command, 64), (evaluate, eval_command, 256), (show, show_command, 8):
         command.set_defaults(run=run, steps=None, eta=1.0, image_size=64)
-        command.add_argument("--ckpt", help="a checkpoint, or a folder of published weights [the newest below runs/]")
+        command.add_argument("--ckpt", help="a checkpoint or its folder, or that of published weights [newest run]")
         command.add_argument("-n", type=int, default=n, help=f"number of pictures [{n}]")
         command.add_argument("--batch-size", type=int, default=64, help="pictures worked on at a time [64]")
         command.add_argument("--seed", type=int, default=0, help="another seed, other noise, other pictures [0]")

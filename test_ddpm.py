@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -911,6 +912,8 @@ def test_sample_takes_the_newest_run_and_the_weights_asked_for():
     os.utime("runs/old/ckpt.pt", (1, 1))
     flags = ["-n", 1, "--steps", 5, "--device", "cpu", "--out"]
     assert run("sample", *flags, "newest.png") == run("sample", "--ckpt", "runs/new/ckpt.pt", *flags, "new.png") == 0
+    assert run("sample", "--ckpt", "runs/new", *flags, "folder.png") == 0
+    assert Path("folder.png").read_bytes() == Path("new.png").read_bytes()
     assert run("sample", "--no-ema", *flags, "plain.png") == 0
     assert Path("newest.png").read_bytes() == Path("new.png").read_bytes() != Path("plain.png").read_bytes()
 
@@ -1232,7 +1235,7 @@ def test_the_readme_says_which_lines_hold_which_section():
     starts += [n for n, line in enumerate(lines, start=1) if line[:3] in {f"# {i}" for i in range(1, 10)}]
     ends = [start - 1 for start in starts[1:]] + [len(lines)]
     rows = [row.split("|") for row in SCRIPT.with_name("README.md").read_text(encoding="utf-8").splitlines()]
-    table = [(row[1].strip(), row[2].strip()) for row in rows if len(row) == 5 and row[2].strip()[:1].isdigit()]
+    table = [(row[1].strip(), row[2].strip()) for row in rows if len(row) == 5 and re.fullmatch(r" \d+-\d+ ", row[2])]
     assert [name for name, _ in table[1:]] == [lines[n - 1][2:].rstrip("- ") for n in starts[1:]]
     assert [span for _, span in table] == [f"{start}-{end}" for start, end in zip(starts, ends)]
 
