@@ -409,7 +409,7 @@ def read_published(folder):
                   f"up_blocks.{i}.upsamplers.0.conv": f"up.{i * (n + 2) + n + 1}.1"}
     weights = torch.load(folder / "diffusion_pytorch_model.bin", map_location="cpu", weights_only=True)
     for old, new in names.items():
-        weights = {name.replace(old, new): weight for name, weight in weights.items()}
+        weights = {name.replace(old, new): weight.contiguous() for name, weight in weights.items()}
     return {"config": config, "step": 0, "model": weights, "ema": weights}
 
 # 3. Data --------------------------------------------------------------------------------------------------------------
@@ -620,14 +620,14 @@ def load_checkpoint(path):
         held = [checkpoint["model"], checkpoint["ema"]]
         adam = checkpoint["optimizer"]["state"] if checkpoint["step"] else {}  # {} too if fp16 left out all updates
         held += [{name: adam[i][key] for i, name in enumerate(expected)} for key in ("exp_avg", "exp_avg_sq") if adam]
-        shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in held]
+        shapes = [{name: tensor.is_contiguous() and tensor.shape for name, tensor in part.items()} for part in held]
         if shapes != [expected] * len(held) or not isinstance(checkpoint["step"], int):  # fused Adam checks no shapes
             raise UserError(f"{path} is damaged: its weights are not those of the network that it describes")
         return path, checkpoint, config
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {error.filename}: name another, or train first") from error
     except (*BROKEN, RuntimeError, LookupError, AttributeError, pickle.PickleError) as error:
-        why = f" ({error})" if isinstance(error, (OSError, ValueError)) else ""  # torch itself advises to run the code
+        why = f" ({error})" if isinstance(error, (OSError, ValueError)) else ""  # torch's text advises to run the code
         raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py{why}") from error
 
 def train(config, out, device, amp, checkpoint=None):

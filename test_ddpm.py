@@ -783,6 +783,7 @@ def test_a_failed_save_leaves_the_checkpoint_before_it(monkeypatch, capsys):
 
 @pytest.mark.parametrize("change", [
     lambda optimizer: optimizer["state"][0].update(exp_avg=torch.zeros(1)),
+    lambda optimizer: optimizer["state"][1].update(exp_avg=torch.zeros(1).expand(optimizer["state"][1]["exp_avg"].shape)),
     lambda optimizer: optimizer["state"][3].pop("exp_avg_sq"),
     lambda optimizer: optimizer["state"].pop(5),
     lambda optimizer: optimizer.clear(),
