@@ -970,7 +970,7 @@ def eval_command(args):
     rmse, terms = 127.5 * errors.mean(0).sqrt(), terms.mean(0)
     say(f"{'error of the last x_0':22} {rmse[0]:7.4f} of 255, root of the mean square")
     say("\nFig. 5: once x_t is known\n     t  bits/dim  error of x_0")
-    for t in sorted({T * share // 1000 for share in (999, 800, 600, 400, 200, 100, 50, 20, 10, 0)}):
+    for t in dict.fromkeys(T * k // 1000 for k in (999, 800, 600, 400, 200, 100, 50, 20, 10, 0)):
         say(f"{t:6} {terms[t + 1 :].sum():9.4f} {rmse[t]:13.2f}")
 
 # 8. The command line ------------------------------------------------------------------------------
