@@ -20,6 +20,7 @@ in [-1, 1]; on the way from or to a file it is uint8, 0..255.
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -53,6 +54,7 @@ STOPPING = [number for number in signal.Signals if number.name in ("SIGINT", "SI
 
 class UserError(Exception):
     """A mistake that the user can mend. It is printed as one line; the exit status is 2."""
+
 def say(text, end="\n"):
     """Prints a line, over the progress line in a terminal; of several processes the first does.
     A terminal or a pipe that is gone must not end a run: what follows is printed into nothing."""
@@ -63,37 +65,48 @@ def say(text, end="\n"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 class Progress:
-    """How far a long job is and what is left: a line that rewrites itself, or one each 30 s."""
-    def __init__(self, what, total, done=0):
-        self.what, self.total, self.first, self.done = what, total, done, done
-        self.start = self.shown = time.monotonic()
-    def update(self, more=1, text="", now=False):
-        """So many more are done: shown if the last time is a while ago, `now`, and at the end."""
-        self.done += more
-        clock, terminal, ended = time.monotonic(), sys.stdout.isatty(), self.done == self.total
-        if now or ended or clock - self.shown > (0.1 if terminal else 30):
-            self.shown, pace = clock, (clock - self.start) / (self.done - self.first)
-            left = timedelta(seconds=round(pace * (self.total - self.done)))
-            end = "" if terminal and not ended else "\n"
-            say(f"{self.what} {self.done}/{self.total}{text}  {left} left", end)
+    """Hands items on and shows how far they are, with `text` and an estimate of the time left.
+    In a terminal that is a line which rewrites itself, elsewhere a new line every 30 s."""
 
-def setting(default, help, low=None, high=None, choices=None):
-    """A value that the user can set: its default, what `--help` says, and what it may be."""
-    about = {"help": help, "low": low, "high": high, "choices": choices}
+    def __init__(self, items, what, total, first=0):
+        self.items, self.what, self.total, self.first, self.text = items, what, total, first, ""
+
+    def __iter__(self):
+        terminal = sys.stdout.isatty()
+        start = shown = time.perf_counter()
+        for done, item in enumerate(self.items, self.first + 1):
+            yield item
+            now = time.perf_counter()
+            if done == self.total or now - shown > (0.1 if terminal else 30):
+                shown, pace = now, (now - start) / (done - self.first)
+                left = timedelta(seconds=round(pace * (self.total - done)))
+                end = "" if terminal and done < self.total else "\n"
+                say(f"{self.what} {done}/{self.total}{self.text}  {left} left", end)
+
+def setting(default, help, low=0, high=10**9, choices=()):
+    """A field that the user can set: its default, what `--help` says, and what it may be."""
+    about = {"help": f"{help} [{default}]", "low": low, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata=about)
 
-def check_setting(name, value, kind, help, low, high, choices):
-    """UserError, which names the flag, unless the value is of its kind and within its limits."""
-    fits = type(value) in ((float, int) if kind is float else (kind,))
-    fits = fits and (high is None or low <= value <= high)  # False for NaN, too
-    if not fits or choices and value not in choices:
-        wanted = f"one of {choices}" if choices else f"from {low} to {high}" if high else "a text"
-        flag = "-n" if name == "n" else "--" + name.replace("_", "-")
-        raise UserError(f"{flag} is {value!r:.50}: it must be {wanted}")
+def flag_of(name):
+    """How a field is called on the command line."""
+    return "-n" if name == "n" else "--" + name.replace("_", "-")
+
+def check_setting(field, value):
+    """UserError, which names the flag, unless the value is of the field's kind and in its range."""
+    low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+    kinds = {float: (float, int), tuple: (int,)}.get(field.type, (field.type,))
+    for item in value if field.type is tuple else [value]:
+        fits = type(item) in kinds and (item in choices if choices else
+                                        field.type is str or low <= item <= high)  # not so for NaN
+        if not fits:
+            wanted = f"one of {choices}" if choices else f"from {low} to {high}"
+            raise UserError(f"{flag_of(field.name)} is {item!r:.50}: it must be {wanted}")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that makes a run, the paper's for CIFAR-10, as flags of `train`. May raise UserError."""
+    """All that makes a run, the paper's for CIFAR-10, and the flags of `train`; or UserError."""
+
     # the network
     image_size: int = setting(32, "height and width of the pictures in pixels", 1, 1024)
     channels: int = setting(3, "3 for colour, 1 for grey", choices=(1, 3))
@@ -108,12 +121,12 @@ class Config:
     beta_end: float = setting(0.02, "noise variance of the last step, for T = 1000", 0, 1)
     variance: str = setting("fixedlarge", "reverse variance", choices=("fixedlarge", "fixedsmall"))
     # the training
-    steps: int = setting(800_000, "optimiser steps in all", 1, 10**9)
+    steps: int = setting(800_000, "optimiser steps in all", 1)
     batch_size: int = setting(128, "pictures in an optimiser step", 1, 2**16)
-    accumulate: int = setting(1, "passes that a batch is split into, to save memory", 1, 2**16)
-    lr: float = setting(2e-4, "learning rate of Adam", 0, 1e3)
-    warmup: int = setting(5000, "steps of linear learning-rate warm-up", 0, 10**9)
-    grad_clip: float = setting(1.0, "largest global norm of the gradient, 0 for any", 0, 1e9)
+    accumulate: int = setting(1, "passes that a batch is split into, to save memory", 1)
+    lr: float = setting(2e-4, "learning rate of Adam")
+    warmup: int = setting(5000, "steps of linear learning-rate warm-up")
+    grad_clip: float = setting(1.0, "largest global norm of the gradient, 0 for any")
     ema_decay: float = setting(0.9999, "decay of the moving average of the weights", 0, 1)
     flip: bool = setting(True, "mirror half of the pictures, left to right")
     seed: int = setting(0, "seed of every random draw", 0, 2**63 - 1)
@@ -122,21 +135,24 @@ class Config:
     # the run
     data: str = setting("", "a folder of pictures, or shapes, mnist, cifar10, cifar10/ship, ...")
     data_root: str = setting("data", "where the named sets are kept, and downloaded to once")
-    cache_gb: float = setting(4.0, "larger sets stream from disk, others stay in memory", 0, 1e6)
+    cache_gb: float = setting(4.0, "larger sets stream from disk, others stay in memory")
     workers: int = setting(4, "processes that read pictures", 0, 256)
-    log_every: int = setting(100, "steps between rows of log.csv", 1, 10**9)
-    sample_every: int = setting(5000, "steps between grids of samples", 1, 10**9)
-    ckpt_every: int = setting(5000, "steps between checkpoints", 1, 10**9)
+    log_every: int = setting(100, "steps between rows of log.csv", 1)
+    sample_every: int = setting(5000, "steps between grids of samples", 1)
+    ckpt_every: int = setting(5000, "steps between checkpoints", 1)
+
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            several = field.type is tuple and type(value) is tuple and len(value) <= 8
-            for item in value if several else (value,):
-                check_setting(field.name, item, int if several else field.type, **field.metadata)
-        if not self.channel_mults or self.batch_size % self.accumulate:
-            raise UserError("--channel-mults is empty, or --accumulate doesn't divide --batch-size")
+            check_setting(field, getattr(self, field.name))
+        if not 0 < len(self.channel_mults) <= 8 or self.batch_size % self.accumulate:
+            raise UserError("--channel-mults must be 1 to 8, --accumulate must divide --batch-size")
 
-NETWORK = [field.name for field in dataclasses.fields(Config)][:6]  # what its weights depend on
+    def shape(self, n):
+        """Of n pictures: (n, C, H, W)."""
+        return n, self.channels, self.image_size, self.image_size
+
+NETWORK = ("image_size", "channels", "base_channels", "channel_mults", "num_res_blocks",
+           "attention_resolutions", "dropout")
 
 PRESETS = {
     "cifar10": Config(),
@@ -146,6 +162,7 @@ PRESETS = {
                    steps=2500, batch_size=32, lr=1e-3, warmup=100, ema_decay=0.995,
                    log_every=50, sample_every=500, ckpt_every=500),  # ten minutes on two CPU cores
 }
+
 
 # 1. The diffusion process -------------------------------------------------------------------------
 #
@@ -165,6 +182,7 @@ class Diffusion(nn.Module):
     """Two Markov chains: q adds noise, p_theta takes it away by a network model(x_t, t) -> eps.
     Tables over t = 0..T-1 are computed in float64 and kept as float32 buffers. `variance` is the
     reverse process's (Sec. 3.2): "fixedlarge" is beta_t, "fixedsmall" is beta~_t."""
+
     def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02, variance="fixedlarge"):
         super().__init__()
         self.timesteps = timesteps
@@ -286,11 +304,12 @@ def seed_of(seed, *key):
 def noise_for(shape, device, seed, first=0):
     """Yields N(0, I) for ever, (B, C, H, W) = shape; picture i's is that of (seed, first + i)."""
     ahead = max(1, 2**17 // math.prod(shape[1:]))  # steps drawn at once: a GPU likes few calls
-    seeds = [seed_of(seed, PICTURE, first + i) for i in range(shape[0])]
-    generators = [torch.Generator(device).manual_seed(seed_i) for seed_i in seeds]
+    seeds = (seed_of(seed, PICTURE, first + i) for i in range(shape[0]))
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     while True:
         draws = [torch.randn(ahead, *shape[1:], generator=g, device=device) for g in generators]
         yield from torch.stack(draws, dim=1)
+
 
 # 2. The network -----------------------------------------------------------------------------------
 #
@@ -310,6 +329,7 @@ def group_norm(width):
 
 class ResBlock(nn.Module):
     """Convolutions beside a shortcut, told the time: (B, width_in, H, W) -> (B, width, H, W)."""
+
     def __init__(self, width_in, width, temb_width, dropout):
         super().__init__()
         self.norm1 = group_norm(width_in)
@@ -319,6 +339,7 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
+
     def forward(self, x, temb):
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
@@ -327,11 +348,13 @@ class ResBlock(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention over all positions, one head as wide as the channels: (B, C, H, W) -> same."""
+
     def __init__(self, width):
         super().__init__()
         self.group_norm = group_norm(width)
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.to_out = nn.Sequential(nn.Linear(width, width))  # its published name is to_out.0
+
     def forward(self, x):
         h = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, HW, C)
         q, k, v = (project(h).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
@@ -344,6 +367,7 @@ def named(**layers):
 
 class Level(nn.Module):
     """Residual blocks of one size, one for each of `widths_in`, an attention or none after each."""
+
     def __init__(self, widths_in, width, temb_width, dropout, attend):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(w, width, temb_width, dropout) for w in widths_in)
@@ -352,46 +376,41 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """eps_theta(x_t, t): the noise in x_t. x_t: (B, C, H, W) and t: (B,) -> (B, C, H, W) float32.
     A level for each of channel_mults, each half the size of the one before; or UserError."""
+
     def __init__(self, image_size=32, channels=3, base_channels=128, channel_mults=(1, 2, 2, 2),
                  num_res_blocks=2, attention_resolutions=(16,), dropout=0.1):
         super().__init__()
         last = len(channel_mults) - 1  # the number of the last level
         sizes = [image_size // 2**i for i in range(last + 1)]
-        if image_size < 1 or image_size % 2**last:
+        if image_size % 2**last:
             raise UserError(f"image size {image_size} can't be halved {last} times: "
                             f"use a multiple of {2**last}")
-        if base_channels < 32 or base_channels % 32:
+        if base_channels % 32:
             raise UserError(f"{base_channels} base channels are no multiple of 32")
         if not set(attention_resolutions) <= set(sizes):
             raise UserError(f"--attention-resolutions {attention_resolutions} are not of {sizes}")
-        self.base_channels, temb_width = base_channels, 4 * base_channels
-        linear_1, linear_2 = nn.Linear(base_channels, temb_width), nn.Linear(temb_width, temb_width)
+        self.base_channels, temb = base_channels, 4 * base_channels
+        linear_1, linear_2 = nn.Linear(base_channels, temb), nn.Linear(temb, temb)
         self.time_embedding = named(linear_1=linear_1, act=nn.SiLU(), linear_2=linear_2)
         self.conv_in = nn.Conv2d(channels, base_channels, 3, padding=1)
-
-        width, skips = base_channels, [base_channels]  # of h, and of what forward() keeps
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        for i, mult in enumerate(channel_mults):
-            widths_in = [width] + [base_channels * mult] * (num_res_blocks - 1)
-            width, attend = base_channels * mult, sizes[i] in attention_resolutions
-            pad = nn.ZeroPad2d((0, 1, 0, 1))  # TensorFlow's SAME: right and bottom only
-            halve = named(pad=pad, conv=nn.Conv2d(width, width, 3, stride=2))
-            down = Level(widths_in, width, temb_width, dropout, [attend] * num_res_blocks)
-            down.downsamplers = nn.ModuleList([halve] if i < last else [])
-            skips += [width] * (num_res_blocks + len(down.downsamplers))
+        widths = [base_channels * mult for mult in (1, *channel_mults, channel_mults[-1])]
+        for i, attend in enumerate(size in attention_resolutions for size in sizes):
+            before, width, after = widths[i : i + 3]  # of the levels above, here, and below
+            ways_in = [before] + [width] * (num_res_blocks - 1)
+            down = Level(ways_in, width, temb, dropout, [attend] * num_res_blocks)
+            skips = [width] * num_res_blocks + [before]  # what forward() kept on the way down
+            ways_in = [after] + [width] * num_res_blocks
+            ways_in = [w + skip for w, skip in zip(ways_in, skips)]
+            up = Level(ways_in, width, temb, dropout, [attend] * len(skips))
+            halve, double = (nn.Conv2d(width, width, 3, s, p) for s, p in ((2, 0), (1, 1)))
+            down.downsamplers = nn.ModuleList([named(conv=halve)] if i < last else [])
+            up.upsamplers = nn.ModuleList([named(conv=double)] if i > 0 else [])
             self.down_blocks.append(down)
-        self.mid_block = Level([width, width], width, temb_width, dropout, [True, False])
-        for i, mult in reversed(list(enumerate(channel_mults))):
-            widths_in = [width] + [base_channels * mult] * num_res_blocks
-            width, attend = base_channels * mult, sizes[i] in attention_resolutions
-            conv = nn.Conv2d(width, width, 3, padding=1)
-            double = named(repeat=nn.Upsample(scale_factor=2), conv=conv)
-            widths_in = [w + skips.pop() for w in widths_in]
-            up = Level(widths_in, width, temb_width, dropout, [attend] * len(widths_in))
-            up.upsamplers = nn.ModuleList([double] if i > 0 else [])
-            self.up_blocks.append(up)
-        self.conv_norm_out = group_norm(width)
-        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
+            self.up_blocks.insert(0, up)
+        self.mid_block = Level([width, width], width, temb, dropout, [True, False])
+        self.conv_norm_out = group_norm(widths[1])
+        self.conv_out = nn.Conv2d(widths[1], channels, 3, padding=1)
         for name, weights in self.named_parameters():
             if name.endswith(("bias", "conv2.weight", "to_out.0.weight", "conv_out.weight")):
                 nn.init.zeros_(weights)  # each residual branch starts as nothing, and so does eps
@@ -407,7 +426,7 @@ class UNet(nn.Module):
                 h = attention(resnet(h, temb))
                 skips.append(h)
             for downsample in level.downsamplers:  # one, or none at the last level
-                h = downsample(h)
+                h = downsample.conv(F.pad(h, (0, 1, 0, 1)))  # TensorFlow's SAME
                 skips.append(h)
         for resnet, attention in zip(self.mid_block.resnets, self.mid_block.attentions):
             h = attention(resnet(h, temb))
@@ -415,16 +434,18 @@ class UNet(nn.Module):
             for resnet, attention in zip(level.resnets, level.attentions):
                 h = attention(resnet(torch.cat([h, skips.pop()], dim=1), temb))
             for upsample in level.upsamplers:
-                h = upsample(h)
+                h = upsample.conv(F.interpolate(h, scale_factor=2))
         return self.conv_out(F.silu(self.conv_norm_out(h))).to(x_t.dtype)  # not autocast's
 
-def build(config):
+def build(config, device=None):
     """(UNet, Diffusion) of a Config."""
-    model = UNet(**{name: getattr(config, name) for name in NETWORK}, dropout=config.dropout)
-    process = ("timesteps", "beta_start", "beta_end", "variance")
-    return model, Diffusion(**{name: getattr(config, name) for name in process})
+    network = {name: getattr(config, name) for name in NETWORK}
+    betas = config.timesteps, config.beta_start, config.beta_end
+    return UNet(**network).to(device), Diffusion(*betas, config.variance).to(device)
+
 
 # 3. Data ------------------------------------------------------------------------------------------
+
 def to_unit(pictures):
     """uint8, 0..255 -> float32 in [-1, 1] (Sec. 3.3)."""
     return pictures.float() / 127.5 - 1
@@ -439,27 +460,28 @@ def grid(pictures, columns=None):
     tiled = utils.make_grid(pictures.cpu(), width, pad_value=255).permute(1, 2, 0)
     return Image.fromarray(tiled.numpy())
 
-def read_picture(source, size, channels):
-    """The middle square of a picture file or PIL image, resized: uint8 (channels, size, size).
+def read_picture(image, size, channels):
+    """The middle square of a PIL image, resized: uint8 (channels, size, size).
     Turned as its EXIF says, transparent over white, 16 bits to 8. Raises one of BROKEN."""
     mode = "L" if channels == 1 else "RGB"
-    with source if isinstance(source, Image.Image) else Image.open(source) as image:
+    with image:
         if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
             raise ValueError("it has 32 bits a channel: save it with 8 or 16")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion cuts off at 255
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        clear = image.has_transparency_data
-        image = ImageOps.fit(image.convert("RGBA" if clear else mode), (size, size))
-        if clear:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert(mode)).reshape(size, size, channels).transpose(2, 0, 1)
+        image = ImageOps.fit(image.convert("RGBA"), (size, size))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
+        return np.array(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 class Shapes:
     """Coloured circles, squares and triangles, 10,000 a split, used like torchvision's sets."""
+
     classes = ("circle", "square", "triangle")
+
     def __init__(self, root="", train=True, download=False):
         self.first, self.targets = 0 if train else 10_000, [i % 3 for i in range(10_000)]
+
     def __getitem__(self, i):
         uniform = np.random.default_rng(self.first + i).uniform
         radius, colour = uniform(24, 48), f"hsl({uniform(0, 360):.0f}, 80%, {uniform(35, 60):.0f}%)"
@@ -468,20 +490,29 @@ class Shapes:
         ImageDraw.Draw(image).regular_polygon(circle, sides, fill=colour)
         return image, self.targets[i]
 
+def flowers(root, train, download):
+    """Flowers by torchvision's ways; its own Flowers102 needs scipy to read labels and splits."""
+    folder, url = Path(root, "flowers-102"), "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
+    if len(list(folder.glob("jpg/*.jpg"))) < 8189:
+        archive, md5 = url + "102flowers.tgz", "52808999861908f626f3c1f4e79d11fa"
+        datasets.utils.download_and_extract_archive(archive, folder, md5=md5)
+    return datasets.ImageFolder(folder)
+
 SETS = {"shapes": Shapes, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
-        "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}  # flowers102 becomes a folder
-FLOWERS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz"  # theirs needs scipy
+        "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "flowers102": flowers}
 ENDINGS = (*datasets.folder.IMG_EXTENSIONS, ".gif")
 # What Pillow's many decoders raise on files that are broken, or that are something else.
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, RuntimeError,
           struct.error, Image.DecompressionBombError)
 Image.MAX_IMAGE_PIXELS = 2**26  # twice as many are a DecompressionBombError
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+say_once = functools.cache(say)
 
 def find_pictures(folder):
     """Paths of all pictures below a folder, sorted; none of hidden folders or runs of `train`."""
-    runs = {path.parent for path in Path(folder).rglob("ckpt.pt")}
-    paths = [path for path in Path(folder).rglob("*") if path.suffix.lower() in ENDINGS]
+    folder = Path(folder)
+    runs = {path.parent for path in folder.rglob("ckpt.pt")}
+    paths = [path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS]
     paths = [path for path in paths if "/." not in f"/{path.relative_to(folder).as_posix()}"]
     return sorted(path for path in paths if runs.isdisjoint(path.parents) and path.is_file())
 
@@ -492,65 +523,57 @@ def ignore_signals(worker):
 
 class Pictures(torch.utils.data.Dataset):
     """The pictures of a folder, a named set, or one class of it. UserError if there are none.
-    Item i is uint8 (C, size, size), or None, and said, if it can't be read."""
-    def __init__(self, data, size, channels, root="data", train=True):
-        self.size, self.channels, self.set, self.said = size, channels, None, set()
-        missing = f"{data} holds no images (looked for {' '.join(ENDINGS)})"
+    Item i is uint8 (C, size, size), or None, and said once, if it can't be read."""
+
+    def __init__(self, data, config, root="data", train=True):
+        self.config, self.set = config, None
         name, _, label = data.partition("/")
-        try:
-            if name in SETS:
+        if name in SETS:
+            try:
                 self.set = SETS[name](root, train=train, download=True)
-            elif data == "flowers102":
-                data = Path(root, "flowers-102", "jpg")
-                if len(list(data.glob("*.jpg"))) < 8189:
-                    fetch = datasets.utils.download_and_extract_archive
-                    fetch(FLOWERS, data.parent, md5="52808999861908f626f3c1f4e79d11fa")
-        except (OSError, RuntimeError) as error:  # no network, or a damaged download
-            raise UserError(f"can't get {name} into {root} ({error}): check the network") from error
-        if self.set:
-            targets, classes = map(int, self.set.targets), self.set.classes
-            self.items = [i for i, target in enumerate(targets)
-                          if label.lower() in ("", str(target), classes[target].lower())]
+            except (OSError, RuntimeError) as error:  # no network, or a damaged download
+                raise UserError(f"can't get {name} into {root} ({error}): try again") from error
+            classes = [name.lower() for name in self.set.classes]
+            self.items = [i for i, target in enumerate(map(int, self.set.targets))
+                          if label.lower() in ("", str(target), classes[target])]
             missing = f"{name} has no class {label!r}, it has: {', '.join(classes)}"
-        elif os.path.isdir(data):
-            self.items = find_pictures(data)
         else:
-            sets = ", ".join([*SETS, "flowers102"])
-            raise UserError(f"--data {data!r} is neither a folder of pictures nor one of {sets}")
+            self.items = find_pictures(data) if data else []
+            missing = (f"--data {data!r} holds no images (looked for {' '.join(ENDINGS)}), "
+                       f"nor is it one of {', '.join(SETS)}")
         if not self.items:
             raise UserError(missing)
 
     def __len__(self):
         return len(self.items)
+
     def __getitem__(self, i):
         item = self.items[i]
         try:
-            return read_picture(self.set[item][0] if self.set else item, self.size, self.channels)
+            image = self.set[item][0] if self.set else Image.open(item)
+            return read_picture(image, self.config.image_size, self.config.channels)
         except BROKEN as error:
-            if i not in self.said:
-                self.said.add(i)
-                say(f"skipped a broken picture, {str(item)!r}: {error or type(error).__name__}")
+            say_once(f"skipped a broken picture, {str(item)!r}: {error or type(error).__name__}")
 
-    def batches(self, groups, workers):
+    def batches(self, groups):
         """For each group of item numbers, those pictures that can be read: uint8 (N, C, H, W)."""
-        workers, tried, found = min(workers, os.cpu_count(), len(self) // 256), 0, 0
+        workers = min(self.config.workers, os.cpu_count(), len(self) // 256)
+        tried = found = 0
         for items in torch.utils.data.DataLoader(self, batch_sampler=groups, num_workers=workers,
                                                  collate_fn=list, worker_init_fn=ignore_signals):
             good = np.array([item for item in items if item is not None], np.uint8)
             tried, found = tried + len(items), found + len(good)
             if tried >= len(self) and not found:
                 raise UserError(f"none of the {len(self)} pictures can be read")
-            yield torch.from_numpy(good.reshape(-1, self.channels, self.size, self.size))
+            yield torch.from_numpy(good.reshape(self.config.shape(len(good))))
 
-    def read(self, workers):
+    def read(self):
         """All pictures that can be read, in order: uint8 (N, C, H, W)."""
-        pictures = torch.empty(len(self), self.channels, self.size, self.size, dtype=torch.uint8)
+        pictures = torch.empty(self.config.shape(len(self)), dtype=torch.uint8)
         groups, n = torch.arange(len(self)).split(256), 0
-        progress = Progress("reading pictures, batch", len(groups))
-        for batch in self.batches(groups, workers):
+        for batch in Progress(self.batches(groups), "reading pictures, batch", len(groups)):
             pictures[n : n + len(batch)] = batch
             n += len(batch)
-            progress.update()
         return pictures[:n]
 
 @functools.lru_cache(maxsize=2)
@@ -561,51 +584,57 @@ def epoch_order(n, seed, epoch):
 
 def training_batches(pictures, config, step, passes=1):
     """This process's batches from a training step on, for ever: uint8 (B / passes, C, H, W).
-    Picture k of a run is number k % n of epoch k // n: it can be resumed anywhere, by any number of
-    processes. `pictures` is a tensor of them, or a Pictures to stream."""
+    Picture k of a run is number k % n of epoch k // n: it can be resumed anywhere, by any number
+    of processes. `pictures` is a tensor of them, or a Pictures to stream."""
     n, size = len(pictures), config.batch_size // passes
+
     def groups():
         for i in itertools.count(step * passes + RANK, WORLD):
             run = range(i * size, (i + 1) * size)
             yield [epoch_order(n, config.seed, k // n)[k % n] for k in run]
+
     if isinstance(pictures, Pictures):
-        return filter(len, pictures.batches(groups(), config.workers))
+        return filter(len, pictures.batches(groups()))
     return (pictures[torch.tensor(group).to(pictures.device)] for group in groups())
 
 def some_pictures(data, config, n, seed):
     """n pictures of `data`, of a named set's test split, in an order of the seed: (n, C, H, W)."""
-    pictures, found = Pictures(data, config.image_size, config.channels, train=False), []
+    pictures, found = Pictures(data, config, train=False), []
     order = torch.tensor(epoch_order(len(pictures), seed, 0))
-    for batch in pictures.batches(order.split(n), config.workers):
+    for batch in pictures.batches(order.split(n)):
         found += batch
         if len(found) >= n:  # as a rule at once, but some may be broken
             break
     return torch.stack(found[:n])
 
+
 # 4. Devices and files -----------------------------------------------------------------------------
+
 def pick_device(name, amp):
     """(device, dtype) of --device and --amp; dtype None is float32. UserError if not to be had."""
-    found = torch.accelerator.is_available()
-    there = ["cpu", torch.accelerator.current_accelerator().type] if found else ["cpu"]
-    name = there[-1] if name == "auto" else name
-    if name not in there:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    best = found.type if found else "cpu"
+    name = best if name == "auto" else name
+    if name not in ("cpu", best):
         raise UserError(f"--device {name}: torch finds none on this machine, use auto or cpu")
-    if amp == "auto" and name == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
-    elif amp == "auto":  # elsewhere, where the processor has bf16; older torch can't tell
-        has = getattr(torch.cpu, "get_capabilities", dict)() if name == "cpu" else {}
-        amp = "bf16" if has.get("amx_bf16") or has.get("avx512_bf16") else "off"
-    if name == "cuda" and WORLD > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if name == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:  # without bf16 in hardware it is emulated, a hundred times slower
+        can = getattr(torch.cpu, "get_capabilities", dict)()  # older torch can't tell
+        has_bf16 = name == "cpu" and (can.get("amx_bf16") or can.get("avx512_bf16"))
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = amp != "off"  # --amp off is float32, in convolutions too
-    return torch.device(name), torch.bfloat16 if amp == "bf16" else None
+    bf16 = amp == "bf16" or (amp == "auto" and has_bf16)
+    return torch.device(name), torch.bfloat16 if bf16 else None
 
 def in_precision(model, device, dtype):
     """model(x_t, t), computed in mixed precision of this dtype, or in float32 if it is None."""
+
     def call(x_t, t):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             return model(x_t, t)
+
     return call
 
 def replace_file(path, write, essential=True):
@@ -626,20 +655,12 @@ def replace_file(path, write, essential=True):
             raise UserError(f"can't write {path} ({error})") from error
         say(f"can't write {path} ({error}): the run continues without")
 
-def unused(path, ending=".png"):
-    """The path, if it ends so, nothing is there yet, and it can be written; else UserError."""
-    if path.suffix.lower() != ending or path.exists():
-        raise UserError(f"{path} is there already, or is no {ending}: name another file")
-    replace_file(path, Path.touch)
-    path.unlink()
-    return path
-
 # The authors' weights are published in the diffusers library's layout; config.json must say this:
 PUBLISHED = {"act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-6, "downsample_padding": 0,
              "attention_head_dim": None, "flip_sin_to_cos": False, "freq_shift": 1}
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-def read_published(folder, map_location):
+def read_published(folder):
     """A published folder as the dictionary that `train` saves. ValueError for another network."""
     given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     size, widths = given["sample_size"], given["block_out_channels"]
@@ -650,7 +671,9 @@ def read_published(folder, map_location):
         raise ValueError(f"block_out_channels is {widths}, here it must be multiples of 128")
     levels = enumerate(given["down_block_types"])
     config = {
-        "image_size": size, "channels": given["in_channels"], "base_channels": widths[0],
+        "image_size": size,
+        "channels": given["in_channels"],
+        "base_channels": widths[0],
         "channel_mults": tuple(width // widths[0] for width in widths),
         "num_res_blocks": given["layers_per_block"],
         "attention_resolutions": tuple(size // 2**i for i, kind in levels if "Attn" in kind),
@@ -658,44 +681,48 @@ def read_published(folder, map_location):
         "variance": "fixedlarge" if size == 32 else "fixedsmall",
         "dropout": 0.1 if size == 32 else 0.0,
     }
-    weights = torch.load(folder / "diffusion_pytorch_model.bin", map_location, weights_only=True)
+    weights = torch.load(folder / "diffusion_pytorch_model.bin", "cpu", weights_only=True)
     for old, new in OLD_NAMES.items():
         weights = {name.replace(f".{old}.", f".{new}."): w for name, w in weights.items()}
-    return {"config": config, "step": 0, "model": weights, "ema": weights}
+    return {"config": config, "step": 0, "log": "", "model": weights, "ema": weights}
 
 def check_tensors(tensors, shapes):
     """ValueError unless these are tensors of these shapes, by name, and all numbers are finite."""
-    if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-        raise ValueError("its weights are not those of the network that it describes")
-    if not all(w.is_floating_point() and w.isfinite().all() for w in tensors.values()):
-        raise ValueError("its weights are not all finite")
+    fit = {name: tensor.shape for name, tensor in tensors.items()} == shapes
+    if not fit or not all(w.is_floating_point() and w.isfinite().all() for w in tensors.values()):
+        raise ValueError("its weights are not finite, or not those of the network it describes")
 
-def find_checkpoint(name):
+def find_checkpoint(name=""):
     """The path of a checkpoint file, of a run's folder, or of the newest run below ./runs if ""."""
-    runs = sorted(Path("runs").glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    if not name and not runs:
+    if name:
+        return Path(name, "ckpt.pt") if Path(name, "ckpt.pt").exists() else Path(name)
+    runs = list(Path("runs").glob("**/ckpt.pt"))
+    if not runs:
         raise UserError("there is no run below ./runs: train first, or name a checkpoint")
-    path = Path(name or runs[-1])
-    return path / "ckpt.pt" if Path(path, "ckpt.pt").exists() else path
+    return max(runs, key=os.path.getmtime)
 
 def load_checkpoint(path, resume=False):
     """(checkpoint, Config) of a file that `train` saved, or of a folder of published weights.
     Nothing in it is run. UserError if it is missing or damaged, to `resume` Adam's part too."""
     try:
-        read = read_published if path.is_dir() else functools.partial(torch.load, weights_only=True)
-        checkpoint = read(path, map_location="cpu")
-        config = Config(**checkpoint["config"])
+        if path.is_dir():
+            checkpoint = read_published(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config, step = Config(**checkpoint["config"]), checkpoint["step"]
         with torch.device("meta"):  # takes no memory, whatever the configuration asks for
             weights = build(config)[0].state_dict()
         shapes = {name: weight.shape for name, weight in weights.items()}
         check_tensors(checkpoint["model"], shapes)
         check_tensors(checkpoint["ema"], shapes)
-        check_setting("step", checkpoint["step"], int, "", 0, 10**9, None)
-        moments = dict(checkpoint["optimizer"]["state"] if resume else {})
-        for i, shape in enumerate(shapes.values() if moments else ()):  # Adam's kernels don't check
-            moments[i] = {name: moment.contiguous() for name, moment in moments[i].items()}
-            check_tensors(moments[i], {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape})
-        checkpoint |= {"optimizer": {"state": moments}, "log": "".join(checkpoint.get("log", ""))}
+        if type(step) is not int or step < 0 or type(checkpoint.get("log", "")) is not str:
+            raise ValueError("its step is no number of steps, or its log no text")
+        if resume:  # Adam's kernels don't check
+            state = checkpoint["optimizer"]["state"]
+            for i, shape in enumerate(shapes.values()):
+                wanted = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
+                check_tensors(state[i], wanted)
+                state[i] = {name: moment.contiguous() for name, moment in state[i].items()}
         return checkpoint, config
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {error.filename}: train first") from error
@@ -704,42 +731,50 @@ def load_checkpoint(path, resume=False):
         raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py{why}") from error
 
 def load(path="", device="cpu", ema=True):
-    """(UNet, Diffusion, Config) of a checkpoint, a run's folder or published weights, to sample."""
+    """(UNet, Diffusion, Config) of a checkpoint, a run's folder or published weights, to sample.
+    The newest run's if no path is given; the weights' average unless `ema` is false."""
     checkpoint, config = load_checkpoint(find_checkpoint(path))
-    model, diffusion = build(config)
+    model, diffusion = build(config, device)
     model.load_state_dict(checkpoint["ema" if ema else "model"])
-    return model.eval().requires_grad_(False).to(device), diffusion.to(device), config
+    return model.eval().requires_grad_(False), diffusion, config
+
 
 # 5. Training --------------------------------------------------------------------------------------
+
 class EMA:
     """A moving average of a model's weights, float32. Its decay starts low, as TensorFlow's can."""
+
     def __init__(self, model, decay):
         self.decay, self.model = decay, copy.deepcopy(model).eval().requires_grad_(False)
+
     @torch.no_grad()
     def update(self, model, step):
         """ema <- decay * ema + (1 - decay) * weights, after training step 0, 1, ..."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
-class Interrupt:
-    """Notes Ctrl-C, SIGTERM or SIGHUP in `number`, so that the step under way can end and be saved.
-    A second one ends the program, unless within a second: shells and torchrun repeat them."""
-    def __enter__(self):
-        self.number, self.since, self.handlers = 0, math.inf, {}
-        for number in STOPPING:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                self.handlers[number] = signal.signal(number, self.note)
-        return self
-    def note(self, number, frame):
-        if time.monotonic() - self.since > 1:
+def over_processes(tensor, op=dist.ReduceOp.SUM):
+    """A tensor's number, combined with those of torchrun's other processes."""
+    if WORLD > 1:
+        dist.all_reduce(tensor, op)
+    return tensor.item()
+
+def note_signals():
+    """A list that Ctrl-C, SIGTERM and SIGHUP are added to, so that `train` can end a step and save.
+    A second Ctrl-C ends the program, unless torchrun is there, which repeats the first."""
+    noted = []
+
+    def note(number, frame):
+        if number == signal.SIGINT in noted and WORLD == 1:
             os._exit(128 + number)
-        if not self.number:
-            self.number, self.since = number, time.monotonic()
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nending after this step; once more to end at once\n")
-    def __exit__(self, *error):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        noted.append(number)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nending after this step; Ctrl-C ends it at once\n")
+
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, note)
+    return noted
 
 def draw(diffusion, model, shape, seed, size, steps=None, eta=1.0):
     """Samples pictures, (N, C, H, W) = shape, `size` at a time, by Algorithm 2 or DDIM in `steps`.
@@ -751,97 +786,108 @@ def draw(diffusion, model, shape, seed, size, steps=None, eta=1.0):
         for t, x_t, _ in ddim or diffusion.sample(model, noise):
             yield first, t, x_t
 
-def train(config, out, device, dtype, checkpoint=None):
+def train(config, out, device, dtype, checkpoint=None, signals=()):
     """Algorithm 1 on the pictures of config.data; checkpoints, log.csv, samples go to folder `out`.
     A `checkpoint` of step 0 is fine-tuned, of a later step resumed, bit for bit, as all noise is a
     function of (seed, step). Returns the signal that ended it, or 0. UserError if it diverges."""
     passes = math.lcm(config.accumulate, WORLD)  # each process takes as many of them
     if config.batch_size % passes:
         raise UserError(f"--batch-size {config.batch_size} for {WORLD} processes: use n * {passes}")
+
     # What is trained.
     torch.manual_seed(config.seed)
-    model, diffusion = (part.to(device) for part in build(config))
+    model, diffusion = build(config, device)
     ema = EMA(model, config.ema_decay)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
-    parts = {"model": model, "ema": ema.model, "optimizer": optimizer}
-    first = checkpoint["step"] if checkpoint else 0
+    first, log = 0, "step,loss,lr,grad_norm\n"
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            raise UserError("the checkpoint is of another network: leave its flags out") from error
         ema.model.load_state_dict(checkpoint["ema"])
+        first = checkpoint["step"]
     if first:
-        moments = {"state": checkpoint["optimizer"]["state"]}
-        optimizer.load_state_dict(optimizer.state_dict() | moments)
-    wrap = functools.partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
-    net = wrap(model) if WORLD > 1 else model
+        moments = checkpoint["optimizer"]["state"]
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        log = checkpoint.get("log", log)
+    net = model
+    if WORLD > 1:
+        net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     net = in_precision(torch.compile(net) if config.compile else net, device, dtype)
     ema_net = in_precision(ema.model, device, dtype)
+
     # What it is trained on.
-    pictures = Pictures(config.data, config.image_size, config.channels, config.data_root)
-    shape = (config.channels, config.image_size, config.image_size)
-    if len(pictures) * math.prod(shape) <= config.cache_gb * 2**30:
-        pictures = pictures.read(config.workers).to(device)
+    pictures = Pictures(config.data, config, config.data_root)
+    if math.prod(config.shape(len(pictures))) <= config.cache_gb * 2**30:
+        pictures = pictures.read().to(device)
     data = training_batches(pictures, config, first, passes)
-    # Where it is written.
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(pictures):,} pictures"
     say(f"{size}, {device.type} in {dtype or torch.float32}, run folder {out}\n{config}")
-    log = checkpoint["log"] if first else "step,loss,lr,grad_norm,images_per_s\n"
     replace_file(out / "log.csv", lambda file: file.write_text(log))
-    log_file = open(out / "log.csv" if RANK == 0 else os.devnull, "a", buffering=1)
-    progress, text, logged = Progress("step", config.steps, first), "", first
-    total_loss, logged_at = torch.zeros((), device=device), time.monotonic()
-    with log_file, Interrupt() as interrupt:
-        for step in range(first, config.steps):
-            lr = config.lr * min(1, (step + 1) / max(1, config.warmup))
-            optimizer.param_groups[0]["lr"] = lr
-            for i in range(RANK, passes, WORLD):
-                x_0 = to_unit(next(data).to(device, non_blocking=True))
-                torch.manual_seed(seed_of(config.seed, STEP, step, i))
-                if config.flip:
-                    mirror = torch.rand(len(x_0), 1, 1, 1, device=device) < 0.5
-                    x_0 = torch.where(mirror, x_0.flip(3), x_0)
-                loss = diffusion.loss(net, x_0) / passes  # Algorithm 1, lines 2 to 5
-                (loss * WORLD).backward()  # the processes' gradients are averaged
-                total_loss += loss.detach()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.update(model, step)
-            done = step + 1
-            stop = torch.tensor(interrupt.number)
-            if WORLD > 1:
-                dist.all_reduce(stop, dist.ReduceOp.MAX)
-            ending = stop > 0 or done == config.steps
-            saving = ending or done % config.ckpt_every == 0
-            if saving or done % config.log_every == 0:  # not each step: it waits for the device
-                if WORLD > 1:
-                    dist.all_reduce(total_loss)
-                loss = total_loss.item() / (done - logged)
-                if not math.isfinite(loss + norm):
-                    raise UserError(f"the loss or its gradient is not finite at step {done}: "
-                                    "--resume with a lower --lr, or --amp off")
-                speed = (done - logged) * config.batch_size / (time.monotonic() - logged_at)
-                row = f"{done},{loss:.6f},{lr:.6g},{norm:.4f},{speed:.1f}\n"
-                log += row
-                log_file.write(row)
-                text = f"  loss {loss:.4f}  lr {lr:.1e}  {speed:.0f} images/s"
-                total_loss.zero_()
-                logged, logged_at = done, time.monotonic()
-            if saving:
-                state = {"config": dataclasses.asdict(config), "step": done, "log": log}
-                state |= {name: part.state_dict() for name, part in parts.items()}
-                replace_file(out / "ckpt.pt", lambda file: torch.save(state, file), ending)
-            progress.update(text=text, now=logged == done)
-            if stop:
-                break
-            if RANK == 0 and (done % config.sample_every == 0 or ending):
-                size, steps = config.batch_size // passes, min(50, config.timesteps)
-                states = draw(diffusion, ema_net, (64, *shape), config.seed, size, steps)
-                samples = torch.cat([to_uint8(x_t) for _, t, x_t in states if t < 0])
-                replace_file(out / f"step-{done:06}.png", grid(samples).save, essential=False)
-                logged_at = time.monotonic()  # sampling does not count as slow training
-    return stop.item() if done < config.steps else 0
+
+    total_loss, logged = torch.zeros((), device=device), first
+    progress = Progress(range(first, config.steps), "step", config.steps, first)
+    for step in progress:
+        lr = config.lr * min(1, (step + 1) / max(1, config.warmup))
+        optimizer.param_groups[0]["lr"] = lr
+        for i in range(RANK, passes, WORLD):
+            x_0 = to_unit(next(data).to(device, non_blocking=True))
+            torch.manual_seed(seed_of(config.seed, STEP, step, i))
+            if config.flip:
+                mirror = torch.rand(len(x_0), 1, 1, 1, device=device) < 0.5
+                x_0 = torch.where(mirror, x_0.flip(3), x_0)
+            loss = diffusion.loss(net, x_0) / passes  # Algorithm 1, lines 2 to 5
+            (loss * WORLD).backward()  # the processes' gradients are averaged
+            total_loss += loss.detach()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model, step)
+
+        done = step + 1
+        stop = over_processes(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX)
+        ending = stop or done == config.steps
+        saving = ending or done % config.ckpt_every == 0
+        if saving or done % config.log_every == 0:  # not each step: it waits for the device
+            loss = over_processes(total_loss) / (done - logged)
+            if not math.isfinite(loss + norm):
+                raise UserError(f"the loss or its gradient is not finite at step {done}: "
+                                "--resume with a lower --lr, or --amp off")
+            total_loss, logged = torch.zeros_like(total_loss), done
+            log += f"{done},{loss:.6f},{lr:.6g},{norm:.4f}\n"
+            replace_file(out / "log.csv", lambda file: file.write_text(log), essential=False)
+            progress.text = f"  loss {loss:.4f}  lr {lr:.1e}"
+        if saving:
+            state = {"config": dataclasses.asdict(config), "step": done, "log": log,
+                     "model": model.state_dict(), "ema": ema.model.state_dict(),
+                     "optimizer": optimizer.state_dict()}
+            replace_file(out / "ckpt.pt", lambda file: torch.save(state, file), ending)
+        if stop and done < config.steps:
+            return stop
+        if RANK == 0 and (done % config.sample_every == 0 or ending):
+            size, steps = config.batch_size // passes, min(50, config.timesteps)
+            states = draw(diffusion, ema_net, config.shape(64), config.seed, size, steps)
+            samples = torch.cat([to_uint8(x_t) for _, t, x_t in states if t < 0])
+            replace_file(out / f"step-{done:06}.png", grid(samples).save, essential=False)
+    return 0
+
 
 # 6. Samples and figures ---------------------------------------------------------------------------
+
+def reserve(path, ending=".png"):
+    """Makes an empty file for the result to replace, so that no other program takes the name.
+    UserError if something is there already, or the path has another ending."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() != ending:
+            raise FileExistsError
+        path.open("x").close()
+    except FileExistsError as error:
+        raise UserError(f"{path} is there already, or is no {ending}: name another file") from error
+    path = path.absolute()  # removed again at the end if there was no result
+    atexit.register(lambda: path.exists() and path.stat().st_size == 0 and path.unlink())
+
 def load_network(args):
     """(model, Diffusion, Config, path) of --ckpt, ready to be called as model(x_t, t)."""
     device, dtype = pick_device(args.device, args.amp)
@@ -856,112 +902,107 @@ def load_network(args):
 
 def sample_command(args):
     """`sample`: new pictures from a checkpoint as one grid; as files and a film if asked for."""
-    if args.eta != 1 and not args.ddim_steps:
+    if args.eta != 1 and not args.steps:
         raise UserError("--eta is for DDIM: say in how many --steps")
     model, diffusion, config, path = load_network(args)
     names = (path.parent / f"samples-{i:03}.png" for i in itertools.count())
-    out = unused(Path(args.out or next(name for name in names if not name.exists())))
-    folder, film = out.with_suffix(""), args.gif and unused(out.with_suffix(".gif"), ".gif")
-    shape = (args.n, config.channels, config.image_size, config.image_size)
-    steps = args.ddim_steps or diffusion.timesteps
-    progress = Progress("sampling, step", math.ceil(args.n / args.batch_size) * steps)
-    states = draw(diffusion, model, shape, args.seed, args.batch_size, args.ddim_steps, args.eta)
-    pictures, frames = [], []
+    out = Path(args.out or next(name for name in names if not name.exists()))
+    folder, film = out.with_suffix(""), out.with_suffix(".gif")
+    reserve(out)
+    if args.gif:
+        reserve(film, ".gif")
     if args.individual:
         folder.mkdir()
-    for first, t, x_t in states:
-        if film and first == 0 and (t < 0 or progress.done % math.ceil(steps / 60) == 0):
+    shape = config.shape(args.n)
+    steps = args.steps or diffusion.timesteps
+    states = draw(diffusion, model, shape, args.seed, args.batch_size, args.steps, args.eta)
+    total = math.ceil(args.n / args.batch_size) * (steps + 1)
+    pictures, frames = [], []
+    for i, (first, t, x_t) in enumerate(Progress(states, "sampling, step", total)):
+        if args.gif and i <= steps and (t < 0 or i % math.ceil(steps / 60) == 0):
             frames.append(grid(to_uint8(x_t)))  # a film of the first batch
-        if t >= 0:
-            progress.update()
-            continue
-        pictures.append(to_uint8(x_t).cpu())
-        for i, picture in enumerate(pictures[-1] if args.individual else []):
-            replace_file(folder / f"{first + i:06}.png", grid(picture[None]).save)
+        if t < 0:
+            pictures.append(to_uint8(x_t).cpu())
+            for i, picture in enumerate(pictures[-1] if args.individual else ()):
+                replace_file(folder / f"{first + i:06}.png", grid(picture[None]).save)
     replace_file(out, grid(torch.cat(pictures)).save)
-    if film:
-        duration = [50] * (len(frames) - 1) + [2000]  # in ms
-        how = {"save_all": True, "append_images": frames[1:], "duration": duration, "loop": 0}
-        replace_file(film, lambda file: frames[0].save(file, **how))
-    wrote = [str(path) for path in (out, film, args.individual and folder) if path]
-    say(f"wrote {args.n} pictures to {' and '.join(wrote)}")
+    if args.gif:
+        film_of = functools.partial(frames[0].save, save_all=True, append_images=frames[1:])
+        replace_file(film, functools.partial(film_of, duration=60, loop=0))  # ms a frame, for ever
+    say(f"wrote {args.n} pictures to {out}")
 
-def labelled(pictures, columns, rows=()):
-    """A PIL image of pictures (R, K, C, H, W) in [-1, 1], labels over columns and before rows."""
-    tiles = grid(to_uint8(pictures.flatten(0, 1)), len(columns))
-    tiles = ImageOps.scale(tiles, max(1, 64 // pictures.shape[-1]), Image.Resampling.NEAREST)
-    left, top = 110 if rows else 0, 24
-    image = ImageOps.expand(tiles, (left, top, 0, 0), "white")
-    write = functools.partial(ImageDraw.Draw(image).text, fill="black", anchor="mm", font_size=13)
-    for i, label in enumerate(columns):
-        write((left + (i + 0.5) * tiles.width / len(columns), top / 2), label)
-    for i, label in enumerate(rows):
-        write((left / 2, top + (i + 0.5) * tiles.height / len(rows)), label)
+def labelled(rows, labels):
+    """A PIL image of rows of pictures, (R, K, C, H, W) in [-1, 1], K labels over their columns."""
+    tiles = grid(to_uint8(rows.flatten(0, 1)), len(labels))
+    tiles = ImageOps.scale(tiles, max(1, 64 // rows.shape[-1]), Image.Resampling.NEAREST)
+    image = ImageOps.expand(tiles, (0, 24, 0, 0), "white")
+    for i, label in enumerate(labels):
+        middle = ((i + 0.5) * image.width / len(labels), 12)
+        ImageDraw.Draw(image).text(middle, label, "black", anchor="mm", font_size=13)
     return image
 
 def forward_figure(args):
     """Pictures with more and more of one noise mixed in (Eq. 4)."""
-    times = (0, 10, 50, 100, 150, 200, 250, 300, 400, 600, 800, 999)
+    times, diffusion = range(0, 1000, 111), Diffusion()
     x_0 = to_unit(some_pictures(args.data, Config(image_size=64), args.n, args.seed))
     eps = next(noise_for(x_0.shape, "cpu", args.seed))
-    columns = [Diffusion().q_sample(x_0, t, eps) for t in times]
+    columns = [diffusion.q_sample(x_0, t, eps) for t in times]
     return labelled(torch.stack(columns, dim=1), [f"t = {t}" for t in times])
 
 def progressive_figure(args):
     """Two rows a picture along the reverse process: x_t, and the x_0 predicted from it (Fig. 6)."""
     model, diffusion, config, _ = load_network(args)
     T, columns, labels = diffusion.timesteps, [], []
-    shape = (args.n, config.channels, config.image_size, config.image_size)
-    noise, progress = noise_for(shape, diffusion.betas.device, args.seed), Progress("step", T + 1)
-    for t, x_t, x_0 in diffusion.sample(model, noise):
-        progress.update()
-        if t in (T - 1, -1, *(T * tenth // 10 for tenth in range(10))):
-            columns.append(torch.stack([x_t, x_0], dim=1).flatten(0, 1).cpu())
+    shape = config.shape(args.n)
+    chain = diffusion.sample(model, noise_for(shape, diffusion.betas.device, args.seed))
+    for t, x_t, x_0 in Progress(chain, "step", T + 1):
+        if t in (T - 1, -1, *range(0, T, math.ceil(T / 10))):
+            columns.append(torch.stack([x_t, x_0], dim=1).flatten(0, 1))
             labels.append(f"t = {t}" if t >= 0 else "x_0")
-    return labelled(torch.stack(columns, dim=1), labels, ["x_t", "predicted x_0"] * args.n)
+    return labelled(torch.stack(columns, dim=1), labels)
 
 def interpolate_figure(args):
-    """Two pictures taken to several t by one noise, mixed there, and taken back (Figs. 8 and 9)."""
+    """Two pictures noised to T/8, 2T/8, ... T, mixed there, and taken back (Figs. 8 and 9)."""
     model, diffusion, config, _ = load_network(args)
-    device, T = diffusion.betas.device, diffusion.timesteps
     pictures = some_pictures(args.data or config.data, config, 2, args.seed)
-    x_0 = to_unit(pictures.to(device))[[0, -1]]
-    noise = noise_for((1, *x_0.shape[1:]), device, args.seed)  # the same for the whole row
-    eps, mix, rows = next(noise), torch.linspace(0, 1, 11, device=device), []
-    starts = sorted({max(1, T * eighth // 8) for eighth in range(1, 9)})
-    progress = Progress("interpolating, step", sum(starts) + len(starts))
-    for start in starts:
+    x_0 = to_unit(pictures.to(diffusion.betas.device))[[0, -1]]
+    noise = noise_for((1, *x_0.shape[1:]), x_0.device, args.seed)  # the same for the whole row
+    eps, rows, shares = next(noise), [], torch.linspace(0, 1, 11).tolist()
+    for eighth in range(1, 9):
+        start = max(1, diffusion.timesteps * eighth // 8)
         a, b = diffusion.q_sample(x_0, start - 1, eps)
-        mixed = torch.lerp(a, b, mix.view(-1, 1, 1, 1))
-        for _, x_t, _ in diffusion.sample(model, itertools.chain([mixed], noise), start):
-            progress.update()
+        mixed = torch.stack([a.lerp(b, share) for share in shares])
+        chain = diffusion.sample(model, itertools.chain([mixed], noise), start)
+        *_, (_, x_t, _) = Progress(chain, "interpolating, step", start + 1)
         rows.append(torch.cat([x_0[:1], x_t, x_0[1:]]))
-    labels = ["source", "rec.", *(f"{share:.1f}" for share in mix.tolist()[1:-1]), "rec.", "source"]
-    return labelled(torch.stack(rows), labels, [f"{start} steps" for start in starts])
+    return labelled(torch.stack(rows), ["source", *(f"{share:.1f}" for share in shares), "source"])
 
 FIGURES = {"forward": forward_figure, "progressive": progressive_figure,
            "interpolate": interpolate_figure}
 
 def show_command(args):
     """`show`: a figure as a PNG."""
-    out = unused(Path(args.out or f"{args.figure}.png"))
+    out = Path(args.out or f"{args.figure}.png")
+    reserve(out)
     replace_file(out, FIGURES[args.figure](args).save)
     say(f"wrote {out}")
 
+
 # 7. Evaluation ------------------------------------------------------------------------------------
+
 def eval_command(args):
     """`eval`: the variational bound of pictures in bits/dim, its parts (Sec. 4.3) and Fig. 5."""
     model, diffusion, config, _ = load_network(args)
     data, device, T = args.data or config.data, diffusion.betas.device, diffusion.timesteps
     parts = some_pictures(data, config, args.n, args.seed).split(args.batch_size)
+    tables = []
     say(f"bits/dim of {sum(map(len, parts))} pictures of {data!r}, of a named set's test split")
-    progress, tables = Progress("bits/dim, step", len(parts) * (T + 1)), []
+
     for i, part in enumerate(parts):
-        noise, columns = noise_for(part.shape, device, args.seed, first=i * args.batch_size), []
-        for column in diffusion.bits_per_dim(model, to_unit(part.to(device)), noise):
-            columns.append(torch.stack(column))
-            progress.update()
-        tables.append(torch.stack(columns, dim=-1))
+        noise = noise_for(part.shape, device, args.seed, first=i * args.batch_size)
+        terms = diffusion.bits_per_dim(model, to_unit(part.to(device)), noise)
+        terms = Progress(terms, f"bits/dim, batch {i + 1}/{len(parts)}, step", T + 1)
+        tables.append(torch.stack([torch.stack(term) for term in terms], dim=-1))
     terms, errors = torch.cat(tables, dim=1).cpu()  # each (N, T + 1), of L_0..L_T
     rate, distortion = terms[:, 1:].sum(1), terms[:, 0]
     for name, bits in {"total": rate + distortion, "rate": rate, "distortion": distortion}.items():
@@ -973,45 +1014,51 @@ def eval_command(args):
     for t in dict.fromkeys(T * k // 1000 for k in (999, 800, 600, 400, 200, 100, 50, 20, 10, 0)):
         say(f"{t:6} {terms[t + 1 :].sum():9.4f} {rmse[t]:13.2f}")
 
+
 # 8. The command line ------------------------------------------------------------------------------
-FLAGS = Config.__dataclass_fields__ | {  # the flags of all commands
-    "ckpt": setting("", "a checkpoint, a run's folder or published weights; newest run if none"),
-    "n": setting(64, "how many pictures", 1, 10**7),
-    "ddim_steps": setting(0, "DDIM in so many steps, e.g. 50, in place of Algorithm 2", 0, 100_000),
-    "eta": setting(1.0, "DDIM's noise, from 0 to 1, as much as DDPM's", 0, 1),
-    "device": setting("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu")),
-    "individual": setting(False, "each picture as a file, too"),
-    "gif": setting(False, "a film of the first batch, too"),
-    "out": setting("", "the file or the run's folder to write"),
-}
+
+@dataclasses.dataclass
+class Options:
+    """The flags of the commands that are no part of a run's Config."""
+
+    ckpt: str = setting("", "a checkpoint, a run's folder or published weights, or the newest run")
+    n: int = setting(64, "how many pictures", 1, 10**7)
+    steps: int = setting(0, "DDIM in so many steps, e.g. 50, in place of Algorithm 2")
+    eta: float = setting(1.0, "DDIM's noise, from 0 to 1, as much as DDPM's", 0, 1)
+    device: str = setting("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
+    individual: bool = setting(False, "each picture as a file, too")
+    gif: bool = setting(False, "a film of the first batch, too")
+    out: str = setting("", "the file or the run's folder to write")
+
+FLAGS = Config.__dataclass_fields__ | Options.__dataclass_fields__
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose complaints are one line, as all others of this program."""
+
     def error(self, message):
         raise UserError(f"{message} (see `{self.prog} --help`)")
-    def add_flags(self, run, *names, **options):
-        """What the command runs, and its settings' flags; options: of add_argument, for all."""
-        self.set_defaults(run=run)
-        self.allow_abbrev = False
-        for name in names:
-            default, about = FLAGS[name].default, FLAGS[name].metadata
-            flag = "-n" if name == "n" else "--" + name.removeprefix("ddim_").replace("_", "-")
-            how = {"type": type(default), "choices": about["choices"]}
-            if isinstance(default, tuple):
-                how = {"type": int, "nargs": "*"}
-            elif isinstance(default, bool):
-                how = {"action": argparse.BooleanOptionalAction}
-            how |= {"dest": name, "default": default, "help": f"{about['help']} [{default}]"}
-            self.add_argument(flag, **how | options)
+
+def add_command(group, run, name, flags, fields=FLAGS, **options):
+    """A parser of a command or figure that `run` runs; options: of add_argument, for all flags."""
+    about = FIGURES.get(name, run).__doc__
+    parser = group.add_parser(name, help=about, description=about, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    for field in (fields[flag] for flag in flags):
+        how = {"type": field.type, "choices": field.metadata["choices"] or None}
+        if field.type is tuple:
+            how = {"type": int, "nargs": "*"}
+        elif field.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        how |= {"dest": field.name, "default": field.default, "help": field.metadata["help"]}
+        parser.add_argument(flag_of(field.name), **how | options)
+    return parser
 
 def train_command(args):
     """`train`: the configuration of a preset or checkpoint, changed by the flags given; trains."""
     given = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
-    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     data = given.get("data", "")
-    name = data.replace("/", "-")
-    if os.path.isdir(data) and data.partition("/")[0] not in SETS:
-        name = os.path.basename(os.path.abspath(data))  # as the user calls it, also if it is a link
+    is_folder = os.path.isdir(data)  # then as the user calls it, also if it is a link
+    name = os.path.basename(os.path.abspath(data)) if is_folder else data.replace("/", "-")
     out, checkpoint = Path(args.out or Path("runs", name)), None
     if args.resume or args.init_from:
         path = find_checkpoint(args.init_from or (out if args.out or name else ""))
@@ -1021,26 +1068,21 @@ def train_command(args):
     elif (out / "ckpt.pt").exists():
         raise UserError(f"{out} holds a checkpoint: resume it with --resume, or name another --out")
     elif args.init_from:
-        checkpoint = {"step": 0, "model": checkpoint["ema"], "ema": checkpoint["ema"]}
+        checkpoint |= {"step": 0, "model": checkpoint["ema"]}
         base = dataclasses.replace(base, data="", data_root="data")
     else:
         slow = pick_device(args.device, "off")[0].type == "cpu"
-        if slow and not args.preset:
-            say("no accelerator: training --preset tiny (--preset cifar10 is the paper's network)")
-        base = PRESETS[args.preset or ("tiny" if slow else "cifar10")]
+        preset = args.preset or ("tiny" if slow else "cifar10")
+        say(f"--preset {preset} (cifar10 is the paper's network, tiny is for CPUs)")
+        base = PRESETS[preset]
         if name.startswith(("mnist", "fashion-mnist")):
             base = dataclasses.replace(base, channels=1, flip=name.startswith("fashion"))
     config = dataclasses.replace(base, **given)
-    changed = [name for name in NETWORK if getattr(config, name) != getattr(base, name)]
-    if checkpoint and changed:
-        raise UserError(f"{path} has another --{changed[0].replace('_', '-')}: leave that out")
-    if args.resume and checkpoint["step"] >= config.steps:
-        raise UserError(f"{path} is at step {config.steps} already: give it more with --steps")
     device, dtype = pick_device(args.device, config.amp)
     if WORLD > 1:  # gloo for numbers that live on the CPU; grids keep the others waiting
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=3))
-    stopped = train(config, out, device, dtype, checkpoint)
+    stopped = train(config, out, device, dtype, checkpoint, note_signals())
     if WORLD > 1:  # not after an error: it would wait for the others, which torchrun ends
         time.sleep(0.1)  # torch 2.6 waits for ever for threads that need Python to end
         dist.destroy_process_group()
@@ -1055,38 +1097,34 @@ def main(argv=None):
         stream.reconfigure(errors="backslashreplace")  # not every name can be printed everywhere
     parser = Parser(prog="ddpm.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    train_parser = commands.add_parser("train", help=train_command.__doc__)
-    start = train_parser.add_mutually_exclusive_group()
+    settings = Config.__dataclass_fields__
+    train = add_command(commands, train_command, "train", [*settings, "device", "out"],
+                        FLAGS | settings, default=argparse.SUPPRESS)
+    train.set_defaults(device="auto", out="")
+    start = train.add_mutually_exclusive_group()
     start.add_argument("--preset", choices=PRESETS, help="[cifar10 with an accelerator, else tiny]")
     start.add_argument("--resume", action="store_true", help="the run in --out, or the newest")
     start.add_argument("--init-from", metavar="CKPT", help="fine-tune the weights of a checkpoint")
-    train_parser.add_flags(train_command, *Config.__dataclass_fields__, default=argparse.SUPPRESS)
-    train_parser.add_flags(train_command, "device", "out")
+    network = "ckpt seed device amp compile"
+    sampling = f"{network} n batch_size steps eta gif individual out"
+    add_command(commands, sample_command, "sample", sampling.split())
+    evaluate = add_command(commands, eval_command, "eval", f"{network} n batch_size data".split())
+    evaluate.set_defaults(amp="off")  # for figures to compare with a paper's
     show = commands.add_parser("show", help=show_command.__doc__)
     figures = show.add_subparsers(required=True, metavar="FIGURE", dest="figure")
-    network = ("ckpt", "seed", "device", "amp", "compile")
-    sampling = ("n", "batch_size", "ddim_steps", "eta", "gif", "individual", "out")
-    for group, name, run, flags in (
-        (commands, "sample", sample_command, (*network, *sampling)),
-        (commands, "eval", eval_command, (*network, "n", "batch_size", "data")),
-        (figures, "forward", show_command, ("data", "n", "seed", "out")),
-        (figures, "progressive", show_command, (*network, "n", "out")),
-        (figures, "interpolate", show_command, (*network, "data", "out")),
-    ):
-        group.add_parser(name, help=FIGURES.get(name, run).__doc__).add_flags(run, *flags)
-    commands.choices["eval"].set_defaults(amp="off")  # for figures to compare with a paper's
+    add_command(figures, show_command, "forward", ["data", "n", "seed", "out"])
+    add_command(figures, show_command, "progressive", f"{network} n out".split())
+    add_command(figures, show_command, "interpolate", f"{network} data out".split())
     try:
         args = parser.parse_args(argv)
         if args.run is not train_command and WORLD > 1:
             raise UserError("torchrun is for train: give each GPU its own --seed here")
         for name in FLAGS.keys() & vars(args).keys():
-            value, default = getattr(args, name), FLAGS[name].default
-            if not isinstance(value, (list, tuple)):  # those are Config's to check
-                check_setting(name, value, type(default), **FLAGS[name].metadata)
+            check_setting(FLAGS[name], getattr(args, name))
         return args.run(args) or 0
     except (UserError, OSError) as error:
         message = str(error)
-    except (RuntimeError, MemoryError) as error:  # of accelerators, and of the CPU
+    except RuntimeError as error:  # of accelerators, and of the CPU
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
         message = f"{error}: lower --batch-size, or raise --accumulate"

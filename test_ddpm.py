@@ -41,6 +41,10 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a mac
 def seeded_and_in_a_folder_of_its_own(tmp_path, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in ddpm.STOPPING}
+    yield  # a program that is started here does not inherit that it ignores Ctrl-C
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory):
@@ -68,6 +72,9 @@ def folder_of_shapes(count, folder="images"):
     for i in range(count):
         ddpm.Shapes()[i][0].save(Path(folder, f"{i}.png"))
     return folder
+
+def pictures_of(data, size, channels=3, **options):
+    return ddpm.Pictures(data, ddpm.Config(image_size=size, channels=channels), **options)
 
 def run(*args):
     """The command line in this process: its exit status."""
@@ -478,7 +485,7 @@ def test_halving_looks_one_pixel_past_the_right_and_the_bottom_only():
     model, seen = ddpm.UNet(4, 1, 32, (1, 1), 1, (), 0.0), []
     halving = model.down_blocks[0].downsamplers[0]
     nn.init.ones_(halving.conv.weight)
-    halving.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    halving.conv.register_forward_hook(lambda module, inputs, output: seen.append(output))
     model.conv_in.weight.data.zero_()  # all ones reach it: the block before starts as nothing
     model.conv_in.bias.data.fill_(1)
     model(torch.zeros(1, 1, 4, 4), torch.tensor([0]))
@@ -486,8 +493,6 @@ def test_halving_looks_one_pixel_past_the_right_and_the_bottom_only():
     assert (seen[0][0, 0] / 32).tolist() == [[9, 6], [6, 4]]
 
 @pytest.mark.parametrize("kwargs, message", [
-    ({"image_size": 0}, "0 can't be halved"),
-    ({"base_channels": 0}, "0 base channels"),
     ({"image_size": 30}, "30 can't be halved 3 times.*use a multiple of 8"),
     ({"base_channels": 48}, "48 base channels.*multiple of 32"),
     ({"attention_resolutions": (7,)}, r"--attention-resolutions \(7,\).*\[32, 16, 8, 4\]"),
@@ -555,7 +560,7 @@ def test_pixels_go_to_minus_1_to_1_and_back_without_loss():
 def colour(image, name, channels=3, **options):
     """The one colour of a picture, saved in a file of this name, as the program reads it."""
     image.save(name, **options)
-    pixels = ddpm.read_picture(name, 8, channels)
+    pixels = ddpm.read_picture(Image.open(name), 8, channels)
     assert pixels.shape == (channels, 8, 8) and pixels.dtype == np.uint8
     assert (pixels == pixels[:, :1, :1]).all()
     return pixels[:, 0, 0].tolist()
@@ -586,20 +591,20 @@ def test_pictures_of_every_mode_are_read_as_a_person_sees_them():
 def test_pictures_of_32_bits_are_refused_with_a_reason(kind):
     Image.fromarray(np.full((20, 20), 100, kind)).save("deep.tiff")
     with pytest.raises(ValueError, match="32 bits"):
-        ddpm.read_picture("deep.tiff", 8, 3)
+        ddpm.read_picture(Image.open("deep.tiff"), 8, 3)
 
 def test_pictures_are_turned_as_the_camera_was_held():
     image, exif = Image.new("RGB", (16, 16), "white"), Image.Exif()
     image.paste("black", (0, 0, 16, 8))  # the top half
     exif[0x0112] = 6  # shown turned clockwise by a quarter: the top goes to the right
     image.save("turned.jpg", exif=exif, quality=95)
-    pixels = ddpm.read_picture("turned.jpg", 16, 1)[0]
+    pixels = ddpm.read_picture(Image.open("turned.jpg"), 16, 1)[0]
     assert pixels[:, :7].min() > 200 and pixels[:, 9:].max() < 55
 
 def test_long_pictures_are_cropped_not_squashed_and_small_ones_enlarged():
     image = Image.new("L", (300, 100), 255)
     image.paste(0, (100, 0, 200, 100))  # the middle square is black, its edge blends
-    assert ddpm.read_picture(image, 20, 1)[0, :, 1:-1].max() == 0
+    assert ddpm.read_picture(image.copy(), 20, 1)[0, :, 1:-1].max() == 0
     for size in ((1, 1), (20_000, 2)):
         assert (ddpm.read_picture(Image.new("L", size, 7), 20, 1) == 7).all()
 
@@ -641,7 +646,7 @@ def test_reading_ends_its_line_once_when_many_files_are_broken(capsys):
         Image.new("L", (8, 8)).save(f"images/{i}.png")
     for i in range(260):
         Path(f"images/0{i}.png").write_text("sorted before the others, more than read at a time")
-    assert len(ddpm.Pictures("images", 8, 3).read(workers=0)) == 300
+    assert len(pictures_of("images", 8, 3).read()) == 300
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("reading pictures, batch 3/3")]) == 1
 
@@ -664,12 +669,12 @@ def test_one_class_of_a_folder_or_a_set():
     folder_of_shapes(4, "images/train/car")
     numbers = {"images": 7, "images/train/car": 4, "shapes/Circle": 3334, "shapes/2": 3333}
     for data, number in numbers.items():
-        assert len(ddpm.Pictures(data, 8, 3)) == number
-    assert ddpm.Pictures("shapes/square", 8, 3)[1].shape == (3, 8, 8)
+        assert len(pictures_of(data, 8, 3)) == number
+    assert pictures_of("shapes/square", 8, 3)[1].shape == (3, 8, 8)
     no_ship = "no class 'ship', it has: circle, square, triangle"
-    for data, message in ("shapes/ship", no_ship), ("images/plane", "neither a folder"):
+    for data, message in ("shapes/ship", no_ship), ("images/plane", "holds no images"):
         with pytest.raises(ddpm.UserError, match=message):
-            ddpm.Pictures(data, 8, 3)
+            pictures_of(data, 8, 3)
 
 @pytest.mark.parametrize("name, folder, flip", [
     ("mnist", "MNIST", False), ("fashion-mnist", "FashionMNIST", True),
@@ -683,8 +688,8 @@ def test_a_downloaded_set_is_read_in_grey_and_digits_are_not_mirrored(name, fold
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pictures.tobytes())
         header, labels = b"\0\0\x08\x01" + (20).to_bytes(4, "big"), bytes(i % 10 for i in range(20))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels)
-    assert np.array_equal(ddpm.Pictures(name, 28, 1)[3][0], pictures[3])
-    assert np.array_equal(ddpm.Pictures(f"{name}/7", 28, 1)[1][0], pictures[17])
+    assert np.array_equal(pictures_of(name, 28, 1)[3][0], pictures[3])
+    assert np.array_equal(pictures_of(f"{name}/7", 28, 1)[1][0], pictures[17])
     assert run("train", "--data", f"{name}/7", "--steps", 1, *FAST) == 0
     config = ckpt(f"runs/{name}-7")["config"]
     assert config["channels"] == 1 and config["flip"] == flip
@@ -703,7 +708,7 @@ def test_every_epoch_shows_each_picture_once_in_a_new_order():
     assert torch.equal(torch.cat([next(halves), next(halves)]).flatten(), seen[24:28])
 
 def test_test_pictures_are_not_training_pictures():
-    train, test = ddpm.Pictures("shapes", 8, 3), ddpm.Pictures("shapes", 8, 3, train=False)
+    train, test = pictures_of("shapes", 8, 3), pictures_of("shapes", 8, 3, train=False)
     assert len(train) == len(test) == 10_000
     assert not any(np.array_equal(train[i], test[i]) for i in range(50))
     config = ddpm.Config(image_size=8)
@@ -767,16 +772,16 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_unbroken_one_does(amp):
 
 def test_the_log_of_a_resumed_run_is_the_checkpoints_and_holds_each_step_once(trained):
     with open(trained / "log.csv", "a") as file:  # after the last checkpoint, cut short
-        file.write("4,0.5,0.0002,0.1,99.0\n5,0.5")
+        file.write("4,0.5,0.0002,0.1\n5,0.5")
     assert run("train", "--resume", "--steps", 5, *CPU) == 0
     (trained / "log.csv").write_text("2,nonsense\n")
     assert run("train", "--resume", "--steps", 6, *CPU) == 0
     header = (trained / "log.csv").read_text().splitlines()[0]
-    assert header == "step,loss,lr,grad_norm,images_per_s"
+    assert header == "step,loss,lr,grad_norm"
     rows = log_rows(trained)
     assert [row[0] for row in rows] == ["1", "2", "3", "4", "5", "6"]
     assert ckpt(trained)["log"] == (trained / "log.csv").read_text()
-    assert rows[3][4] != "99.0"
+    assert rows[3][1] != "0.5"
     rates = [float(row[2]) for row in rows]
     assert rates[0] == pytest.approx(rates[1] / 2) and rates[1] == rates[5]  # --warmup 2
 
@@ -803,7 +808,7 @@ def test_fine_tuning_starts_from_the_ema_weights_of_another_run(trained, capsys)
     assert same(special["model"], general["ema"])  # a learning rate of 0 leaves them alone
     assert not same(general["model"], general["ema"])
     error = one_line_error(capsys, *tuned, "--base-channels", 64, "--out", "other")
-    assert "another --base-channels" in error and "ckpt.pt" in error
+    assert "another network" in error
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(trained, capsys):
     flags = ["--steps", 50, "--lr", 1000, "--grad-clip", 0, "--ckpt-every", 5]
@@ -1004,9 +1009,9 @@ def test_load_gives_the_average_or_the_weights_themselves_ready_to_sample(traine
         assert same(model.state_dict(), checkpoint[part]) and not model.training
         assert diffusion.timesteps == config.timesteps == 5
 
-def tiles(path, left, size):
+def tiles(path, size):
     """The pictures of a figure, (rows, columns, size, size, 3), without labels and lines."""
-    pixels = pixels_of(path)[24:, left:]
+    pixels = pixels_of(path)[24:]
     scale = 64 // size
     step, line = (size + 2) * scale, 2 * scale
     rows, columns = ((side - line) // step for side in pixels.shape[:2])
@@ -1015,19 +1020,19 @@ def tiles(path, left, size):
     return pixels.swapaxes(1, 2)[:, :, :size, :size]
 
 def as_read(folder, i, size):
-    return ddpm.Pictures(folder, size, 3)[i].transpose(1, 2, 0).astype(int)
+    return pictures_of(folder, size, 3)[i].transpose(1, 2, 0).astype(int)
 
 def test_the_forward_figure_needs_no_checkpoint_and_goes_from_the_picture_to_noise():
     Path("other").mkdir()
     ddpm.Shapes()[7][0].save("other/7.png")
     assert run("show", "forward", "--data", "other", "-n", 3) == 0
-    forward, other = tiles("forward.png", 0, 64), as_read("other", 0, 64)
-    assert forward.shape == (1, 12, 64, 64, 3)  # there is but one
+    forward, other = tiles("forward.png", 64), as_read("other", 0, 64)
+    assert forward.shape == (1, 10, 64, 64, 3)  # there is but one
     assert np.abs(forward[0, 0] - other).mean() < 10  # a little noise at t = 0
-    likeness = np.corrcoef(forward[0, 11].flat, other.flat)[0, 1]
-    assert forward[0, 11].std() > 80 and abs(likeness) < 0.1  # only noise
+    likeness = np.corrcoef(forward[0, 9].flat, other.flat)[0, 1]
+    assert forward[0, 9].std() > 80 and abs(likeness) < 0.1  # only noise
     assert run("show", "forward", "--data", "shapes", "-n", 2, "--out", "two.png") == 0
-    assert tiles("two.png", 0, 64).shape == (2, 12, 64, 64, 3)
+    assert tiles("two.png", 64).shape == (2, 10, 64, 64, 3)
 
 def test_figures_of_a_network_show_what_they_say(trained, capsys):
     flags = ["--data", "images", *FAST, "--steps", 1, "--lr", 0]  # it predicts no noise
@@ -1035,7 +1040,7 @@ def test_figures_of_a_network_show_what_they_say(trained, capsys):
     os.utime(trained / "ckpt.pt", (1, 1))
     assert run("show", "progressive", "-n", 2, "--out", "steps.png", *CPU) == 0
     assert run("sample", "-n", 2, "--out", "samples.png", "--individual", *CPU) == 0
-    progressive = tiles("steps.png", 110, 8)
+    progressive = tiles("steps.png", 8)
     assert progressive.shape == (4, 6, 8, 8, 3)  # t = 4..0 and x_0
     last_alpha_bar = math.prod(1 - np.linspace(0.02, 0.8, 5))
     for i in range(2):  # x_t and the predicted x_0 both end as the picture that sample draws
@@ -1047,8 +1052,8 @@ def test_figures_of_a_network_show_what_they_say(trained, capsys):
         assert np.abs(progressive[2 * i + 1, 0] - guess.numpy()).max() <= 1
 
     assert run("show", "interpolate", *CPU) == 0
-    interpolate = tiles("interpolate.png", 110, 8)
-    assert interpolate.shape == (5, 13, 8, 8, 3)
+    interpolate = tiles("interpolate.png", 8)
+    assert interpolate.shape == (8, 13, 8, 8, 3)
     pictures = [as_read("images", i, 8) for i in range(3)]
     for end in (0, -1):  # every row has the two pictures themselves at its ends
         assert (interpolate[:, end] == interpolate[0, end]).all()
@@ -1071,7 +1076,7 @@ def test_pictures_are_mixed_where_the_reverse_process_takes_over(monkeypatch):
     monkeypatch.setattr(ddpm, "load", lambda *args, **options: loaded)
     assert run("show", "interpolate", "--ckpt", "any", *CPU) == 0
     assert {t: len(calls) for t, calls in seen.items()} == {t: 8 - t // 10 for t in range(80)}
-    pictures = [ddpm.to_unit(torch.tensor(ddpm.Pictures("images", 32, 3)[i])) for i in (0, 1)]
+    pictures = [ddpm.to_unit(torch.tensor(pictures_of("images", 32, 3)[i])) for i in (0, 1)]
     _, alpha_bars = paper_schedule(80)
     for t in range(9, 80, 10):  # where a row begins: its ends are the two pictures at t
         fading, (a, b) = math.sqrt(alpha_bars[t]), seen[t][0][[0, 10]]
@@ -1122,15 +1127,15 @@ def test_eval_measures_bits_per_dim_on_test_pictures_and_they_fall_with_training
 # The command line
 
 MISTAKES = [
-    ("train", ["--data '' is neither a folder of pictures nor one of shapes"]),
-    ("train --data nowhere", ["--data 'nowhere' is neither", "shapes, mnist"]),
+    ("train", ["--data '' holds no images", "nor is it one of shapes"]),
+    ("train --data nowhere", ["--data 'nowhere' holds no", "shapes, mnist"]),
     ("train --data .", ["holds no images (looked for .jpg"]),
     ("train --data images --steps x", ["--steps: invalid int value: 'x'"]),
     ("train --data images --steps 0", ["--steps is 0: it must be from 1"]),
     ("train --data images --lr nan", ["--lr is nan"]),
     ("train --data images --dropout 1.5", ["--dropout is 1.5", "from 0 to 1"]),
     ("train --data images --steps 1 --attention-resolutions --channel-mults", ["--channel-mults"]),
-    ("train --data images --batch-size 6 --accumulate 4", ["--accumulate doesn't divide --batch-size"]),
+    ("train --data images --batch-size 6 --accumulate 4", ["--accumulate must divide --batch-size"]),
     ("train --data images --image-size 30 --preset cifar10", ["30 can't be halved", "of 8"]),
     ("train --data images --preset huge", ["--preset", "huge", "cifar10"]),
     ("train --data images --preset tiny --resume", ["not allowed with"]),
@@ -1146,7 +1151,7 @@ MISTAKES = [
     ("sample --ckpt evil.pt", ["evil.pt is damaged, or no checkpoint"]),
     ("sample --ckpt other.pt", ["other.pt is damaged, or no checkpoint"]),
     ("sample --ckpt huge.pt", ["huge.pt is damaged", "its weights"]),
-    ("sample --ckpt nan.pt", ["nan.pt is damaged", "not all finite"]),
+    ("sample --ckpt nan.pt", ["nan.pt is damaged", "not finite"]),
     ("sample --ckpt lr.pt", ["'x'"]),
     ("sample --ckpt seed.pt", ["1.5"]),
     ("sample --ckpt mults.pt", ["1.5"]),
@@ -1160,7 +1165,7 @@ MISTAKES = [
     ("sample --out new.jpg --ckpt runs/images", ["new.jpg", "is no .png"]),
     ("eval", ["no run below ./runs", "train first"]),
     ("eval --batch-size 0", ["--batch-size is 0: it must be from 1"]),
-    ("show forward", ["--data '' is neither a folder of pictures nor one of shapes"]),
+    ("show forward", ["--data '' holds no images", "nor is it one of shapes"]),
     ("show forward --ckpt runs/images", ["--ckpt"]),
     ("show interpolate -n 3", ["-n"]),
     ("show progressive", ["no run below ./runs"]),
@@ -1227,7 +1232,7 @@ def test_running_out_of_memory_names_the_flags_that_help(trained, monkeypatch, c
         error = one_line_error(capsys, *command, *CPU)
         assert "--batch-size" in error and "--accumulate" in error
     assert (trained / "ckpt.pt").read_bytes() == before
-    assert not list(trained.glob("samples*"))
+    assert all(path.stat().st_size == 0 for path in trained.glob("samples*"))
 
 # The program in processes of its own, as a user starts it
 
