@@ -25,17 +25,18 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import struct
 import sys
 import time
 import warnings
-from collections import OrderedDict
 from datetime import timedelta
 from pathlib import Path
 
@@ -46,7 +47,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.distributions import Distribution, Normal, kl_divergence
-from torchvision import datasets, utils
+from torchvision import datasets, models, utils
 
 Distribution.set_default_validate_args(False)  # a check makes the host wait for the GPU
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
@@ -64,82 +65,58 @@ def say(text, end="\n"):
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-class Progress:
-    """Hands items on and shows how far they are, with `text` and an estimate of the time left.
+def progress(items, what, total, first=0, notes=()):
+    """Hands items on and shows how far they are, the notes, and an estimate of the time left.
     In a terminal that is a line which rewrites itself, elsewhere a new line every 30 s."""
-
-    def __init__(self, items, what, total, first=0):
-        self.items, self.what, self.total, self.first, self.text = items, what, total, first, ""
-
-    def __iter__(self):
-        terminal = sys.stdout.isatty()
-        start = shown = time.perf_counter()
-        for done, item in enumerate(self.items, self.first + 1):
-            yield item
-            now = time.perf_counter()
-            if done == self.total or now - shown > (0.1 if terminal else 30):
-                shown, pace = now, (now - start) / (done - self.first)
-                left = timedelta(seconds=round(pace * (self.total - done)))
-                end = "" if terminal and done < self.total else "\n"
-                say(f"{self.what} {done}/{self.total}{self.text}  {left} left", end)
-
-def setting(default, help, low=0, high=10**9, choices=()):
-    """A field that the user can set: its default, what `--help` says, and what it may be."""
-    about = {"help": f"{help} [{default}]", "low": low, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata=about)
-
-def flag_of(name):
-    """How a field is called on the command line."""
-    return "-n" if name == "n" else "--" + name.replace("_", "-")
-
-def check_setting(field, value):
-    """UserError, which names the flag, unless the value is of the field's kind and in its range."""
-    low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
-    kinds = {float: (float, int), tuple: (int,)}.get(field.type, (field.type,))
-    for item in value if field.type is tuple else [value]:
-        fits = type(item) in kinds and (item in choices if choices else
-                                        field.type is str or low <= item <= high)  # not so for NaN
-        if not fits:
-            wanted = f"one of {choices}" if choices else f"from {low} to {high}"
-            raise UserError(f"{flag_of(field.name)} is {item!r:.50}: it must be {wanted}")
+    terminal = sys.stdout.isatty()
+    start = shown = time.perf_counter()
+    for done, item in enumerate(items, first + 1):
+        yield item
+        now = time.perf_counter()
+        if done == total or now - shown > (0.1 if terminal else 30):
+            shown, pace = now, (now - start) / (done - first)
+            left = timedelta(seconds=round(pace * (total - done)))
+            end = "" if terminal and done < total else "\n"
+            say(f"{what} {done}/{total}  {'  '.join(notes)}  {left} left", end)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that makes a run, the paper's for CIFAR-10, and the flags of `train`; or UserError."""
+    """All that makes a run, the paper's for CIFAR-10, as flags of `train`; UserError if it can't be.
+    The comments beside the fields are what `--help` says of them."""
 
     # the network
-    image_size: int = setting(32, "height and width of the pictures in pixels", 1, 1024)
-    channels: int = setting(3, "3 for colour, 1 for grey", choices=(1, 3))
-    base_channels: int = setting(128, "channels at full resolution, a multiple of 32", 32, 1024)
-    channel_mults: tuple = setting((1, 2, 2, 2), "channels of each level, as multiples", 1, 64)
-    num_res_blocks: int = setting(2, "residual blocks a level going down, one more up", 1, 16)
-    attention_resolutions: tuple = setting((16,), "feature map sizes with self-attention", 1, 1024)
-    dropout: float = setting(0.1, "dropout inside the residual blocks", 0, 1)
+    image_size: int = 32  # height and width of the pictures in pixels
+    channels: int = 3  # 3 for colour, 1 for grey
+    base_channels: int = 128  # channels at full resolution, a multiple of 32
+    channel_mults: tuple = (1, 2, 2, 2)  # channels of each level, as multiples
+    num_res_blocks: int = 2  # residual blocks a level going down, one more up
+    attention_resolutions: tuple = (16,)  # feature map sizes with self-attention
+    dropout: float = 0.1  # dropout inside the residual blocks
     # the diffusion process
-    timesteps: int = setting(1000, "T, the number of noising steps", 2, 100_000)
-    beta_start: float = setting(1e-4, "noise variance of the first step, for T = 1000", 0, 1)
-    beta_end: float = setting(0.02, "noise variance of the last step, for T = 1000", 0, 1)
-    variance: str = setting("fixedlarge", "reverse variance", choices=("fixedlarge", "fixedsmall"))
+    timesteps: int = 1000  # T, the number of noising steps
+    beta_start: float = 1e-4  # noise variance of the first step, for T = 1000
+    beta_end: float = 0.02  # noise variance of the last step, for T = 1000
+    variance: str = "fixedlarge"  # reverse variance, beta or (fixedsmall) the posterior's
     # the training
-    steps: int = setting(800_000, "optimiser steps in all", 1)
-    batch_size: int = setting(128, "pictures in an optimiser step", 1, 2**16)
-    accumulate: int = setting(1, "passes that a batch is split into, to save memory", 1)
-    lr: float = setting(2e-4, "learning rate of Adam")
-    warmup: int = setting(5000, "steps of linear learning-rate warm-up")
-    grad_clip: float = setting(1.0, "largest global norm of the gradient, 0 for any")
-    ema_decay: float = setting(0.9999, "decay of the moving average of the weights", 0, 1)
-    flip: bool = setting(True, "mirror half of the pictures, left to right")
-    seed: int = setting(0, "seed of every random draw", 0, 2**63 - 1)
-    amp: str = setting("auto", "mixed precision", choices=("auto", "off", "bf16"))
-    compile: bool = setting(False, "torch.compile: slow at first, then faster; for CUDA")
+    steps: int = 800_000  # optimiser steps in all
+    batch_size: int = 128  # pictures in an optimiser step, or computed at a time
+    accumulate: int = 1  # passes that a batch is split into, to save memory
+    lr: float = 2e-4  # learning rate of Adam
+    warmup: int = 5000  # steps of linear learning-rate warm-up
+    grad_clip: float = 1.0  # largest global norm of the gradient, 0 for any
+    ema_decay: float = 0.9999  # decay of the moving average of the weights
+    flip: bool = True  # mirror half of the pictures, left to right
+    seed: int = 0  # seed of every random draw
+    amp: str = "auto"  # mixed precision
+    compile: bool = False  # torch.compile: slow at first, then faster; for CUDA
     # the run
-    data: str = setting("", "a folder of pictures, or shapes, mnist, cifar10, cifar10/ship, ...")
-    data_root: str = setting("data", "where the named sets are kept, and downloaded to once")
-    cache_gb: float = setting(4.0, "larger sets stream from disk, others stay in memory")
-    workers: int = setting(4, "processes that read pictures", 0, 256)
-    log_every: int = setting(100, "steps between rows of log.csv", 1)
-    sample_every: int = setting(5000, "steps between grids of samples", 1)
-    ckpt_every: int = setting(5000, "steps between checkpoints", 1)
+    data: str = ""  # a folder of pictures, or shapes, mnist, cifar10, cifar10/ship, ...
+    data_root: str = "data"  # where the named sets are kept, and downloaded to once
+    cache_gb: float = 4.0  # larger sets stream from disk, others stay in memory
+    workers: int = 4  # processes that read pictures
+    log_every: int = 100  # steps between rows of log.csv
+    sample_every: int = 5000  # steps between grids of samples
+    ckpt_every: int = 5000  # steps between checkpoints
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -153,6 +130,33 @@ class Config:
 
 NETWORK = ("image_size", "channels", "base_channels", "channel_mults", "num_res_blocks",
            "attention_resolutions", "dropout")
+CHOICES = {"channels": (1, 3), "variance": ("fixedlarge", "fixedsmall"),
+           "amp": ("auto", "off", "bf16"), "device": ("auto", "cuda", "mps", "cpu")}
+LIMITS = {  # of numbers; of others 0 to 10^9
+    "image_size base_channels attention_resolutions": (1, 1024),
+    "channel_mults num_res_blocks": (1, 64),
+    "dropout beta_start beta_end ema_decay eta": (0, 1),
+    "timesteps": (2, 10**5),
+    "batch_size accumulate": (1, 2**16),
+    "workers": (0, 256),
+    "log_every sample_every ckpt_every n": (1, 10**9),
+    "seed": (0, 2**63 - 1),
+}
+
+def flag_of(name):
+    """How a field is called on the command line."""
+    return "-n" if name == "n" else "--" + name.replace("_", "-")
+
+def check_setting(field, value):
+    """UserError, which names the flag, unless the value is of the field's kind and in its range."""
+    choices, kinds = CHOICES.get(field.name), {float: (float, int), tuple: (int,)}
+    low, high = next((LIMITS[key] for key in LIMITS if field.name in key.split()), (0, 10**9))
+    for item in value if field.type is tuple else [value]:
+        fits = type(item) in kinds.get(field.type, (field.type,))
+        inside = fits and (item in choices if choices else field.type is str or low <= item <= high)
+        if not inside:  # as NaN is not, either
+            wanted = f"one of {choices}" if choices else f"from {low} to {high}"
+            raise UserError(f"{flag_of(field.name)} is {item!r:.50}: it must be {wanted}")
 
 PRESETS = {
     "cifar10": Config(),
@@ -188,7 +192,7 @@ class Diffusion(nn.Module):
         self.timesteps = timesteps
         betas = linear_beta_schedule(timesteps, beta_start, beta_end)
         alphas = 1 - betas
-        alpha_bars = alphas.cumprod(dim=0)
+        alpha_bars = alphas.cumprod(0)
         alpha_bars_prev = F.pad(alpha_bars[:-1], (1, 0), value=1.0)  # alpha_bar_0 = 1
         posterior_variance = betas * (1 - alpha_bars_prev) / (1 - alpha_bars)  # beta~, Eq. 7
         sigma = {"fixedlarge": betas, "fixedsmall": posterior_variance}[variance].sqrt()
@@ -225,16 +229,13 @@ class Diffusion(nn.Module):
         mean = self.posterior_mean_x_0[t] * x_0 + self.posterior_mean_x_t[t] * x_t
         return Normal(mean, self.posterior_sigma[t])
 
-    def predict_x_0(self, model, x_t, t):
-        """x_0: (B, C, H, W), by Eq. 4 from the network's noise; clipped, as released."""
+    def p_step(self, model, x_t, t):
+        """p_theta(x_{t-1} | x_t), a Normal, and the x_0 that Eq. 4 gives for the predicted noise,
+        clipped as in the released code. Unless it was clipped, the Normal's mean is Eq. 11,
+        (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t)."""
         eps = model(x_t, torch.full((len(x_t),), t, device=x_t.device))
         x_0 = (x_t - self.sqrt_one_minus_alpha_bars[t] * eps) / self.sqrt_alpha_bars[t]
-        return x_0.clamp(-1, 1)
-
-    def p_step(self, model, x_t, t):
-        """p_theta(x_{t-1} | x_t), a Normal, and the predicted x_0. Unless clipped, its mean is
-        (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t), Eq. 11."""
-        x_0 = self.predict_x_0(model, x_t, t)
+        x_0 = x_0.clamp(-1, 1)
         return Normal(self.q_posterior(x_0, x_t, t).mean, self.sigma[t]), x_0
 
     @torch.no_grad()
@@ -256,19 +257,18 @@ class Diffusion(nn.Module):
         if not (1 <= steps <= self.timesteps and 0 <= eta <= 1):
             raise UserError(f"--steps {steps} --eta {eta}: use 1 to {self.timesteps}, and 0 to 1")
         times = torch.linspace(self.timesteps - 1, 0, steps).round().int().tolist()
+        signal = F.pad(self.sqrt_alpha_bars, (0, 1), value=1.0)  # at -1, after the last step, 1
+        spread = F.pad(self.sqrt_one_minus_alpha_bars, (0, 1))  # and no noise
         x_t = next(noise)
-        for t, s in zip(times, times[1:]):  # from x_t to x_s
-            x_0 = self.predict_x_0(model, x_t, t)
+        for t, s in zip(times, [*times[1:], -1]):  # from x_t to x_s
+            _, x_0 = self.p_step(model, x_t, t)
             yield t, x_t, x_0
-            noise_t, noise_s = self.sqrt_one_minus_alpha_bars[t], self.sqrt_one_minus_alpha_bars[s]
-            eps = (x_t - self.sqrt_alpha_bars[t] * x_0) / noise_t  # goes with the clipped x_0
-            beta = (noise_t**2 - noise_s**2) / self.alpha_bars[s]  # 1 - alpha_bar_t / alpha_bar_s
-            sigma = eta * noise_s / noise_t * beta.sqrt()  # Eq. 16
-            direction = (noise_s**2 - sigma**2).clamp(min=0).sqrt()  # rounding can pass 0
-            x_t = self.sqrt_alpha_bars[s] * x_0 + direction * eps + sigma * next(noise)  # Eq. 12
-        x_0 = self.predict_x_0(model, x_t, times[-1])
-        yield times[-1], x_t, x_0
-        yield -1, x_0, x_0  # where alpha_bar_s is 1, Eq. 12 is the predicted x_0
+            eps = (x_t - signal[t] * x_0) / spread[t]  # goes with the clipped x_0
+            beta = (spread[t] ** 2 - spread[s] ** 2) / signal[s] ** 2  # 1 - alpha_bar_t / _s
+            sigma = eta * spread[s] / spread[t] * beta.sqrt()  # Eq. 16
+            direction = (spread[s] ** 2 - sigma**2).clamp(min=0).sqrt()  # rounding can pass 0
+            x_t = signal[s] * x_0 + direction * eps + sigma * next(noise)  # Eq. 12
+        yield -1, x_t, x_t
 
     @torch.no_grad()
     def bits_per_dim(self, model, x_0, noise):
@@ -308,7 +308,7 @@ def noise_for(shape, device, seed, first=0):
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     while True:
         draws = [torch.randn(ahead, *shape[1:], generator=g, device=device) for g in generators]
-        yield from torch.stack(draws, dim=1)
+        yield from torch.stack(draws, 1)
 
 
 # 2. The network -----------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def sinusoidal_embedding(t, dim):
     half = dim // 2  # the frequencies fall from 1 to 1/10000, both included, hence half - 1
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / (half - 1))
     angles = t.float()[:, None] * frequencies  # (B, half)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 def group_norm(width):
     """GroupNorm in the paper's 32 groups; in thin networks of 4 channels: 1 would lose the time."""
@@ -361,10 +361,6 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # softmax(q k^T / sqrt(C)) v
         return x + self.to_out(h).transpose(1, 2).view_as(x)
 
-def named(**layers):
-    """A Sequential whose layers have these names, those of the published weights."""
-    return nn.Sequential(OrderedDict(layers))
-
 class Level(nn.Module):
     """Residual blocks of one size, one for each of `widths_in`, an attention or none after each."""
 
@@ -391,7 +387,7 @@ class UNet(nn.Module):
             raise UserError(f"--attention-resolutions {attention_resolutions} are not of {sizes}")
         self.base_channels, temb = base_channels, 4 * base_channels
         linear_1, linear_2 = nn.Linear(base_channels, temb), nn.Linear(temb, temb)
-        self.time_embedding = named(linear_1=linear_1, act=nn.SiLU(), linear_2=linear_2)
+        self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
         self.conv_in = nn.Conv2d(channels, base_channels, 3, padding=1)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         widths = [base_channels * mult for mult in (1, *channel_mults, channel_mults[-1])]
@@ -404,8 +400,8 @@ class UNet(nn.Module):
             ways_in = [w + skip for w, skip in zip(ways_in, skips)]
             up = Level(ways_in, width, temb, dropout, [attend] * len(skips))
             halve, double = (nn.Conv2d(width, width, 3, s, p) for s, p in ((2, 0), (1, 1)))
-            down.downsamplers = nn.ModuleList([named(conv=halve)] if i < last else [])
-            up.upsamplers = nn.ModuleList([named(conv=double)] if i > 0 else [])
+            down.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": halve})] if i < last else [])
+            up.upsamplers = nn.ModuleList([nn.ModuleDict({"conv": double})] if i > 0 else [])
             self.down_blocks.append(down)
             self.up_blocks.insert(0, up)
         self.mid_block = Level([width, width], width, temb, dropout, [True, False])
@@ -418,7 +414,8 @@ class UNet(nn.Module):
                 nn.init.xavier_uniform_(weights)
 
     def forward(self, x_t, t):
-        temb = self.time_embedding(sinusoidal_embedding(t, self.base_channels))  # (B, 4 base)
+        temb = self.time_embedding["linear_1"](sinusoidal_embedding(t, self.base_channels))
+        temb = self.time_embedding["linear_2"](F.silu(temb))  # (B, 4 base)
         h = self.conv_in(x_t)  # (B, base, H, W)
         skips = [h]
         for level in self.down_blocks:  # (B, width, H, W) -> (B, width, H/2, W/2) -> ...
@@ -426,15 +423,15 @@ class UNet(nn.Module):
                 h = attention(resnet(h, temb))
                 skips.append(h)
             for downsample in level.downsamplers:  # one, or none at the last level
-                h = downsample.conv(F.pad(h, (0, 1, 0, 1)))  # TensorFlow's SAME
+                h = downsample["conv"](F.pad(h, (0, 1, 0, 1)))  # TensorFlow's SAME
                 skips.append(h)
         for resnet, attention in zip(self.mid_block.resnets, self.mid_block.attentions):
             h = attention(resnet(h, temb))
         for level in self.up_blocks:  # ... -> (B, width, H/2, W/2) -> (B, width, H, W)
             for resnet, attention in zip(level.resnets, level.attentions):
-                h = attention(resnet(torch.cat([h, skips.pop()], dim=1), temb))
+                h = attention(resnet(torch.cat([h, skips.pop()], 1), temb))
             for upsample in level.upsamplers:
-                h = upsample.conv(F.interpolate(h, scale_factor=2))
+                h = upsample["conv"](F.interpolate(h, scale_factor=2))
         return self.conv_out(F.silu(self.conv_norm_out(h))).to(x_t.dtype)  # not autocast's
 
 def build(config, device=None):
@@ -483,12 +480,13 @@ class Shapes:
         self.first, self.targets = 0 if train else 10_000, [i % 3 for i in range(10_000)]
 
     def __getitem__(self, i):
-        uniform = np.random.default_rng(self.first + i).uniform
-        radius, colour = uniform(24, 48), f"hsl({uniform(0, 360):.0f}, 80%, {uniform(35, 60):.0f}%)"
-        circle, sides = (*uniform(radius, 128 - radius, 2), radius), (64, 4, 3)[self.targets[i]]
+        rng = np.random.default_rng(self.first + i)
+        radius, hue, light = rng.uniform((24, 0, 35), (48, 360, 60))
+        circle, sides = (*rng.uniform(radius, 128 - radius, 2), radius), (64, 4, 3)[i % 3]
         image = Image.new("RGB", (128, 128), "white")
+        colour = f"hsl({hue:.0f}, 80%, {light:.0f}%)"
         ImageDraw.Draw(image).regular_polygon(circle, sides, fill=colour)
-        return image, self.targets[i]
+        return image, i % 3
 
 def flowers(root, train, download):
     """Flowers by torchvision's ways; its own Flowers102 needs scipy to read labels and splits."""
@@ -501,9 +499,9 @@ def flowers(root, train, download):
 SETS = {"shapes": Shapes, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
         "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "flowers102": flowers}
 ENDINGS = (*datasets.folder.IMG_EXTENSIONS, ".gif")
-# What Pillow's many decoders raise on files that are broken, or that are something else.
+# What Pillow's many decoders, and torch.load, raise on files that are broken or something else.
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, RuntimeError,
-          struct.error, Image.DecompressionBombError)
+          AttributeError, struct.error, pickle.PickleError, Image.DecompressionBombError)
 Image.MAX_IMAGE_PIXELS = 2**26  # twice as many are a DecompressionBombError
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 say_once = functools.cache(say)
@@ -532,7 +530,7 @@ class Pictures(torch.utils.data.Dataset):
             try:
                 self.set = SETS[name](root, train=train, download=True)
             except (OSError, RuntimeError) as error:  # no network, or a damaged download
-                raise UserError(f"can't get {name} into {root} ({error}): try again") from error
+                raise UserError(f"can't get {name} into {root} ({error}): try again")
             classes = [name.lower() for name in self.set.classes]
             self.items = [i for i, target in enumerate(map(int, self.set.targets))
                           if label.lower() in ("", str(target), classes[target])]
@@ -543,6 +541,7 @@ class Pictures(torch.utils.data.Dataset):
                        f"nor is it one of {', '.join(SETS)}")
         if not self.items:
             raise UserError(missing)
+        self.parts = math.ceil(len(self) / 64)
 
     def __len__(self):
         return len(self.items)
@@ -567,11 +566,14 @@ class Pictures(torch.utils.data.Dataset):
                 raise UserError(f"none of the {len(self)} pictures can be read")
             yield torch.from_numpy(good.reshape(self.config.shape(len(good))))
 
+    def in_order(self):
+        """All pictures that can be read, in `parts` batches."""
+        return self.batches(torch.arange(len(self)).split(64))
+
     def read(self):
         """All pictures that can be read, in order: uint8 (N, C, H, W)."""
-        pictures = torch.empty(self.config.shape(len(self)), dtype=torch.uint8)
-        groups, n = torch.arange(len(self)).split(256), 0
-        for batch in Progress(self.batches(groups), "reading pictures, batch", len(groups)):
+        pictures, n = torch.empty(self.config.shape(len(self)), dtype=torch.uint8), 0
+        for batch in progress(self.in_order(), "reading pictures, batch", self.parts):
             pictures[n : n + len(batch)] = batch
             n += len(batch)
         return pictures[:n]
@@ -614,7 +616,7 @@ def pick_device(name, amp):
     """(device, dtype) of --device and --amp; dtype None is float32. UserError if not to be had."""
     found = torch.accelerator.current_accelerator(check_available=True)
     best = found.type if found else "cpu"
-    name = best if name == "auto" else name
+    name = best if name in ("auto", None) else name
     if name not in ("cpu", best):
         raise UserError(f"--device {name}: torch finds none on this machine, use auto or cpu")
     if name == "cuda":
@@ -652,13 +654,28 @@ def replace_file(path, write, essential=True):
     except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's when the disk is full
         temporary.unlink(missing_ok=True)
         if essential:
-            raise UserError(f"can't write {path} ({error})") from error
+            raise UserError(f"can't write {path} ({error})")
         say(f"can't write {path} ({error}): the run continues without")
 
 # The authors' weights are published in the diffusers library's layout; config.json must say this:
 PUBLISHED = {"act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-6, "downsample_padding": 0,
              "attention_head_dim": None, "flip_sin_to_cos": False, "freq_shift": 1}
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+def read_safetensors(path):
+    """The tensors of a .safetensors file, by name. Raises one of BROKEN if it is damaged.
+    It is 8 bytes with the length of a header, the header in JSON, and the tensors' bytes."""
+    data = bytearray(path.read_bytes())
+    end = 8 + int.from_bytes(data[:8], "little")
+    header, tensors, at = json.loads(data[8:end]), {}, end
+    header.pop("__metadata__", None)
+    for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = (end + offset for offset in about["data_offsets"])
+        if start != at or about["dtype"] != "F32":
+            raise ValueError(f"{name!r:.50} is not F32, or not where the tensor before it ends")
+        tensor = torch.frombuffer(data[start:stop], dtype=torch.float32)
+        tensors[name], at = tensor.view(about["shape"]), stop
+    return tensors
 
 def read_published(folder):
     """A published folder as the dictionary that `train` saves. ValueError for another network."""
@@ -671,17 +688,16 @@ def read_published(folder):
         raise ValueError(f"block_out_channels is {widths}, here it must be multiples of 128")
     levels = enumerate(given["down_block_types"])
     config = {
-        "image_size": size,
-        "channels": given["in_channels"],
-        "base_channels": widths[0],
+        "image_size": size, "channels": given["in_channels"], "base_channels": widths[0],
         "channel_mults": tuple(width // widths[0] for width in widths),
         "num_res_blocks": given["layers_per_block"],
         "attention_resolutions": tuple(size // 2**i for i, kind in levels if "Attn" in kind),
         # not in the file: the released scripts' values for CIFAR-10, and for the others
         "variance": "fixedlarge" if size == 32 else "fixedsmall",
-        "dropout": 0.1 if size == 32 else 0.0,
-    }
-    weights = torch.load(folder / "diffusion_pytorch_model.bin", "cpu", weights_only=True)
+        "dropout": 0.1 if size == 32 else 0.0}
+    file = folder / "diffusion_pytorch_model.safetensors"
+    binary = file.with_suffix(".bin")
+    weights = read_safetensors(file) if file.exists() else torch.load(binary, "cpu")
     for old, new in OLD_NAMES.items():
         weights = {name.replace(f".{old}.", f".{new}."): w for name, w in weights.items()}
     return {"config": config, "step": 0, "log": "", "model": weights, "ema": weights}
@@ -705,10 +721,7 @@ def load_checkpoint(path, resume=False):
     """(checkpoint, Config) of a file that `train` saved, or of a folder of published weights.
     Nothing in it is run. UserError if it is missing or damaged, to `resume` Adam's part too."""
     try:
-        if path.is_dir():
-            checkpoint = read_published(path)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_published(path) if path.is_dir() else torch.load(path, "cpu")
         config, step = Config(**checkpoint["config"]), checkpoint["step"]
         with torch.device("meta"):  # takes no memory, whatever the configuration asks for
             weights = build(config)[0].state_dict()
@@ -724,11 +737,9 @@ def load_checkpoint(path, resume=False):
                 check_tensors(state[i], wanted)
                 state[i] = {name: moment.contiguous() for name, moment in state[i].items()}
         return checkpoint, config
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {error.filename}: train first") from error
-    except (UserError, *BROKEN, AttributeError, pickle.PickleError) as error:
+    except (UserError, *BROKEN) as error:
         why = f" ({error})" if isinstance(error, (UserError, OSError, ValueError)) else ""
-        raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py{why}") from error
+        raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py{why}")
 
 def load(path="", device="cpu", ema=True):
     """(UNet, Diffusion, Config) of a checkpoint, a run's folder or published weights, to sample.
@@ -803,8 +814,8 @@ def train(config, out, device, dtype, checkpoint=None, signals=()):
     if checkpoint:
         try:
             model.load_state_dict(checkpoint["model"])
-        except RuntimeError as error:
-            raise UserError("the checkpoint is of another network: leave its flags out") from error
+        except RuntimeError:
+            raise UserError("the checkpoint is of another network: leave its flags out")
         ema.model.load_state_dict(checkpoint["ema"])
         first = checkpoint["step"]
     if first:
@@ -826,9 +837,8 @@ def train(config, out, device, dtype, checkpoint=None, signals=()):
     say(f"{size}, {device.type} in {dtype or torch.float32}, run folder {out}\n{config}")
     replace_file(out / "log.csv", lambda file: file.write_text(log))
 
-    total_loss, logged = torch.zeros((), device=device), first
-    progress = Progress(range(first, config.steps), "step", config.steps, first)
-    for step in progress:
+    total_loss, logged, notes = torch.zeros((), device=device), first, []
+    for step in progress(range(first, config.steps), "step", config.steps, first, notes):
         lr = config.lr * min(1, (step + 1) / max(1, config.warmup))
         optimizer.param_groups[0]["lr"] = lr
         for i in range(RANK, passes, WORLD):
@@ -857,7 +867,7 @@ def train(config, out, device, dtype, checkpoint=None, signals=()):
             total_loss, logged = torch.zeros_like(total_loss), done
             log += f"{done},{loss:.6f},{lr:.6g},{norm:.4f}\n"
             replace_file(out / "log.csv", lambda file: file.write_text(log), essential=False)
-            progress.text = f"  loss {loss:.4f}  lr {lr:.1e}"
+            notes[:] = [f"loss {loss:.4f}", f"lr {lr:.1e}"]
         if saving:
             state = {"config": dataclasses.asdict(config), "step": done, "log": log,
                      "model": model.state_dict(), "ema": ema.model.state_dict(),
@@ -875,16 +885,11 @@ def train(config, out, device, dtype, checkpoint=None, signals=()):
 
 # 6. Samples and figures ---------------------------------------------------------------------------
 
-def reserve(path, ending=".png"):
+def reserve(path):
     """Makes an empty file for the result to replace, so that no other program takes the name.
-    UserError if something is there already, or the path has another ending."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix.lower() != ending:
-            raise FileExistsError
-        path.open("x").close()
-    except FileExistsError as error:
-        raise UserError(f"{path} is there already, or is no {ending}: name another file") from error
+    OSError if something is there already, or it can't be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.open("x").close()
     path = path.absolute()  # removed again at the end if there was no result
     atexit.register(lambda: path.exists() and path.stat().st_size == 0 and path.unlink())
 
@@ -906,11 +911,11 @@ def sample_command(args):
         raise UserError("--eta is for DDIM: say in how many --steps")
     model, diffusion, config, path = load_network(args)
     names = (path.parent / f"samples-{i:03}.png" for i in itertools.count())
-    out = Path(args.out or next(name for name in names if not name.exists()))
+    out = Path(args.out or next(name for name in names if not name.exists())).with_suffix(".png")
     folder, film = out.with_suffix(""), out.with_suffix(".gif")
     reserve(out)
     if args.gif:
-        reserve(film, ".gif")
+        reserve(film)
     if args.individual:
         folder.mkdir()
     shape = config.shape(args.n)
@@ -918,7 +923,7 @@ def sample_command(args):
     states = draw(diffusion, model, shape, args.seed, args.batch_size, args.steps, args.eta)
     total = math.ceil(args.n / args.batch_size) * (steps + 1)
     pictures, frames = [], []
-    for i, (first, t, x_t) in enumerate(Progress(states, "sampling, step", total)):
+    for i, (first, t, x_t) in enumerate(progress(states, "sampling, step", total)):
         if args.gif and i <= steps and (t < 0 or i % math.ceil(steps / 60) == 0):
             frames.append(grid(to_uint8(x_t)))  # a film of the first batch
         if t < 0:
@@ -927,83 +932,74 @@ def sample_command(args):
                 replace_file(folder / f"{first + i:06}.png", grid(picture[None]).save)
     replace_file(out, grid(torch.cat(pictures)).save)
     if args.gif:
-        film_of = functools.partial(frames[0].save, save_all=True, append_images=frames[1:])
-        replace_file(film, functools.partial(film_of, duration=60, loop=0))  # ms a frame, for ever
+        how = {"save_all": True, "append_images": frames[1:], "duration": 60, "loop": 0}
+        replace_file(film, lambda file: frames[0].save(file, **how))
     say(f"wrote {args.n} pictures to {out}")
 
-def labelled(rows, labels):
-    """A PIL image of rows of pictures, (R, K, C, H, W) in [-1, 1], K labels over their columns."""
-    tiles = grid(to_uint8(rows.flatten(0, 1)), len(labels))
-    tiles = ImageOps.scale(tiles, max(1, 64 // rows.shape[-1]), Image.Resampling.NEAREST)
-    image = ImageOps.expand(tiles, (0, 24, 0, 0), "white")
-    for i, label in enumerate(labels):
-        middle = ((i + 0.5) * image.width / len(labels), 12)
-        ImageDraw.Draw(image).text(middle, label, "black", anchor="mm", font_size=13)
-    return image
-
 def forward_figure(args):
-    """Pictures with more and more of one noise mixed in (Eq. 4)."""
+    """Pictures, and the same with more and more of one noise mixed in (Eq. 4)."""
     times, diffusion = range(0, 1000, 111), Diffusion()
     x_0 = to_unit(some_pictures(args.data, Config(image_size=64), args.n, args.seed))
     eps = next(noise_for(x_0.shape, "cpu", args.seed))
-    columns = [diffusion.q_sample(x_0, t, eps) for t in times]
-    return labelled(torch.stack(columns, dim=1), [f"t = {t}" for t in times])
+    columns = [x_0] + [diffusion.q_sample(x_0, t, eps) for t in times]
+    return columns, f"columns: x_0, t = {', '.join(map(str, times))}"
 
 def progressive_figure(args):
     """Two rows a picture along the reverse process: x_t, and the x_0 predicted from it (Fig. 6)."""
     model, diffusion, config, _ = load_network(args)
-    T, columns, labels = diffusion.timesteps, [], []
-    shape = config.shape(args.n)
-    chain = diffusion.sample(model, noise_for(shape, diffusion.betas.device, args.seed))
-    for t, x_t, x_0 in Progress(chain, "step", T + 1):
-        if t in (T - 1, -1, *range(0, T, math.ceil(T / 10))):
-            columns.append(torch.stack([x_t, x_0], dim=1).flatten(0, 1))
-            labels.append(f"t = {t}" if t >= 0 else "x_0")
-    return labelled(torch.stack(columns, dim=1), labels)
+    T, columns = diffusion.timesteps, []
+    times = sorted({T - 1, *range(0, T, math.ceil(T / 10))}, reverse=True)
+    noise = noise_for(config.shape(args.n), diffusion.betas.device, args.seed)
+    for t, x_t, x_0 in progress(diffusion.sample(model, noise), "step", T + 1):
+        if t in (*times, -1):
+            columns.append(torch.stack([x_t, x_0], 1).flatten(0, 1))
+    return columns, f"columns: t = {', '.join(map(str, times))}, x_0; rows: x_t, predicted x_0"
 
 def interpolate_figure(args):
-    """Two pictures noised to T/8, 2T/8, ... T, mixed there, and taken back (Figs. 8 and 9)."""
+    """Two pictures noised to some t by one noise, mixed there, and taken back (Figs. 8 and 9)."""
     model, diffusion, config, _ = load_network(args)
     pictures = some_pictures(args.data or config.data, config, 2, args.seed)
     x_0 = to_unit(pictures.to(diffusion.betas.device))[[0, -1]]
     noise = noise_for((1, *x_0.shape[1:]), x_0.device, args.seed)  # the same for the whole row
-    eps, rows, shares = next(noise), [], torch.linspace(0, 1, 11).tolist()
-    for eighth in range(1, 9):
-        start = max(1, diffusion.timesteps * eighth // 8)
+    eps, rows = next(noise), []
+    starts = [max(1, diffusion.timesteps * eighth // 8) for eighth in range(1, 9)]
+    for start in starts:
         a, b = diffusion.q_sample(x_0, start - 1, eps)
-        mixed = torch.stack([a.lerp(b, share) for share in shares])
+        mixed = torch.stack([a.lerp(b, tenth / 10) for tenth in range(11)])
         chain = diffusion.sample(model, itertools.chain([mixed], noise), start)
-        *_, (_, x_t, _) = Progress(chain, "interpolating, step", start + 1)
+        *_, (_, x_t, _) = progress(chain, "interpolating, step", start + 1)
         rows.append(torch.cat([x_0[:1], x_t, x_0[1:]]))
-    return labelled(torch.stack(rows), ["source", *(f"{share:.1f}" for share in shares), "source"])
+    return torch.stack(rows, 1), f"columns: source, 0 to 1 by tenths, source; rows: {starts} steps"
 
 FIGURES = {"forward": forward_figure, "progressive": progressive_figure,
            "interpolate": interpolate_figure}
 
 def show_command(args):
     """`show`: a figure as a PNG."""
-    out = Path(args.out or f"{args.figure}.png")
+    out = Path(args.out or args.figure).with_suffix(".png")
     reserve(out)
-    replace_file(out, FIGURES[args.figure](args).save)
-    say(f"wrote {out}")
+    columns, text = FIGURES[args.figure](args)  # each (rows, C, H, W) in [-1, 1]
+    pictures = torch.stack([*columns], 1).flatten(0, 1)
+    replace_file(out, grid(to_uint8(pictures), len(columns)).save)
+    say(f"wrote {out}, {text}")
 
 
 # 7. Evaluation ------------------------------------------------------------------------------------
 
-def eval_command(args):
-    """`eval`: the variational bound of pictures in bits/dim, its parts (Sec. 4.3) and Fig. 5."""
+def print_bound(args):
+    """The variational bound in bits/dim, its parts (Sec. 4.3), and Fig. 5 in ten rows."""
     model, diffusion, config, _ = load_network(args)
     data, device, T = args.data or config.data, diffusion.betas.device, diffusion.timesteps
-    parts = some_pictures(data, config, args.n, args.seed).split(args.batch_size)
+    parts = some_pictures(data, config, args.n or 64, args.seed).split(args.batch_size)
     tables = []
     say(f"bits/dim of {sum(map(len, parts))} pictures of {data!r}, of a named set's test split")
 
     for i, part in enumerate(parts):
         noise = noise_for(part.shape, device, args.seed, first=i * args.batch_size)
         terms = diffusion.bits_per_dim(model, to_unit(part.to(device)), noise)
-        terms = Progress(terms, f"bits/dim, batch {i + 1}/{len(parts)}, step", T + 1)
-        tables.append(torch.stack([torch.stack(term) for term in terms], dim=-1))
-    terms, errors = torch.cat(tables, dim=1).cpu()  # each (N, T + 1), of L_0..L_T
+        terms = progress(terms, f"bits/dim, batch {i + 1}/{len(parts)}, step", T + 1)
+        tables.append(torch.stack([torch.stack(term) for term in terms], -1))
+    terms, errors = torch.cat(tables, 1).cpu()  # each (N, T + 1), of L_0..L_T
     rate, distortion = terms[:, 1:].sum(1), terms[:, 0]
     for name, bits in {"total": rate + distortion, "rate": rate, "distortion": distortion}.items():
         error = bits.std(correction=0) / len(bits) ** 0.5
@@ -1014,6 +1010,96 @@ def eval_command(args):
     for t in dict.fromkeys(T * k // 1000 for k in (999, 800, 600, 400, 200, 100, 50, 20, 10, 0)):
         say(f"{t:6} {terms[t + 1 :].sum():9.4f} {rmse[t]:13.2f}")
 
+# The network that FID and IS are defined by: TensorFlow's of 2015, as pytorch-fid publishes it.
+INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+             "pt_inception-2015-12-05-6726825d.pth")
+
+def load_inception(file=None, device="cpu"):
+    """The network of FID and IS: uint8 pictures (B, 1 or 3, H, W) -> (features (B, 2048), class
+    probabilities (B, 1008)). Its weights are fetched once, or a file's; else UserError."""
+    net = models.Inception3(1008, aux_logits=False, init_weights=False)
+    fetch = torch.hub.load_state_dict_from_url
+    try:
+        fetched = file or fetch(INCEPTION, check_hash=True, weights_only=True)
+        net.load_state_dict(torch.load(file, "cpu") if file else fetched)
+    except BROKEN as error:
+        raise UserError(f"no Inception weights in {file or 'the cache'} ({error!s:.60}): fetch "
+                        f"{INCEPTION} and name it by --inception-weights")
+    kept, average = [], functools.partial(F.avg_pool2d, count_include_pad=False)
+    for block in (block for block in net.children() if hasattr(block, "branch_pool")):
+        pool = F.max_pool2d if block is net.Mixed_7c else average  # not as torchvision pools
+        block.register_forward_pre_hook(lambda _, x, pool=pool: kept.append(pool(*x, 3, 1, 1)))
+        block.branch_pool.register_forward_pre_hook(lambda *_: (kept.pop(),))
+    classes, net.fc = net.fc.weight.to(device), nn.Identity()
+    net.to(device).eval().requires_grad_(False)
+
+    def inception(pictures):
+        x = to_unit(pictures.to(device)).expand(-1, 3, -1, -1)
+        features = net(F.interpolate(x, (299, 299), mode="bilinear"))
+        return features, (features @ classes.T).softmax(1)  # the reference IS has no bias here
+
+    return inception
+
+def features_of(inception, batches, total):
+    """Features and class probabilities of all pictures in so many batches, uint8 (B, C, H, W)."""
+    found = [inception(batch) for batch in progress(batches, "Inception's features, batch", total)]
+    return [torch.cat(column).cpu() for column in zip(*found)]
+
+def gaussian_of(features):
+    """Mean (D,) and covariance (D, D) of features (N, D), in float64."""
+    mean = features.mean(0, dtype=torch.float64)
+    parts = (part - mean for part in features.split(1024))
+    return mean, sum(part.T @ part for part in parts) / (len(features) - 1)
+
+def frechet_distance(a, b):
+    """FID (Heusel et al. 2017) of two sets of features (N, D): for Gaussians of their moments,
+    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))."""
+    (mean_a, cov_a), (mean_b, cov_b) = gaussian_of(a), gaussian_of(b)
+    roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()  # rounding can pass 0
+    return ((mean_a - mean_b).square().sum() + (cov_a + cov_b).trace() - 2 * roots.sum()).item()
+
+def inception_score(probabilities, splits=10):
+    """IS (Salimans et al. 2016): exp of the mean KL(p(y | x) || p(y)) of probabilities (N, K), as
+    (mean, standard deviation) over so many equal parts."""
+    parts = probabilities.double().tensor_split(splits)
+    kls = [(torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1) for p in parts]
+    scores = [kl.mean().exp().item() for kl in kls]
+    return np.mean(scores), np.std(scores)
+
+def print_scores(args, metrics):
+    """FID against the training set, and IS, of new samples or of the pictures in a folder."""
+    inception = load_inception(args.inception_weights, pick_device(args.device, args.amp)[0])
+    if args.samples:
+        samples = Pictures(args.samples, PRESETS["tiny"])
+        samples.config = config = Config(image_size=min(Image.open(samples.items[0]).size))
+        made, batches, total = f"pictures of {args.samples}", samples.in_order(), samples.parts
+    else:
+        model, diffusion, config, _ = load_network(args)
+        made, n = f"samples in {args.steps or config.timesteps} steps", args.n or 50_000
+        chain = (diffusion, model, config.shape(n), args.seed, args.batch_size)
+        batches = (to_uint8(x_t) for _, t, x_t in draw(*chain, args.steps, args.eta) if t < 0)
+        total = math.ceil(n / args.batch_size)
+    features, probabilities = features_of(inception, batches, total)
+    data, made = args.data or config.data, f"{len(features)} {made}"
+    if len(features) < 10_000:
+        say("a FID of fewer than 10,000 pictures is too high: do not compare it with others")
+    if "fid" in metrics:
+        pictures = Pictures(data, config)
+        theirs, _ = features_of(inception, pictures.in_order(), pictures.parts)
+        fid = frechet_distance(features, theirs)
+        say(f"FID {fid:.3f} of {made} against {len(theirs)} training pictures of {data!r}")
+    if "is" in metrics:
+        mean, deviation = inception_score(probabilities)
+        say(f"Inception Score {mean:.3f} +- {deviation:.3f} of {made}")
+
+def eval_command(args):
+    """`eval`: the bound in bits/dim, its parts and Fig. 5 (Sec. 4.3); FID and Inception Score."""
+    metrics = args.metrics or (["fid", "is"] if args.samples else ["bpd"])
+    if "bpd" in metrics:
+        print_bound(args)
+    if metrics != ["bpd"]:
+        print_scores(args, metrics)
+
 
 # 8. The command line ------------------------------------------------------------------------------
 
@@ -1021,14 +1107,16 @@ def eval_command(args):
 class Options:
     """The flags of the commands that are no part of a run's Config."""
 
-    ckpt: str = setting("", "a checkpoint, a run's folder or published weights, or the newest run")
-    n: int = setting(64, "how many pictures", 1, 10**7)
-    steps: int = setting(0, "DDIM in so many steps, e.g. 50, in place of Algorithm 2")
-    eta: float = setting(1.0, "DDIM's noise, from 0 to 1, as much as DDPM's", 0, 1)
-    device: str = setting("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
-    individual: bool = setting(False, "each picture as a file, too")
-    gif: bool = setting(False, "a film of the first batch, too")
-    out: str = setting("", "the file or the run's folder to write")
+    ckpt: str = ""  # a checkpoint, a run's folder or published weights; if none, the newest run
+    n: int = 64  # how many pictures
+    steps: int = 0  # DDIM in so many steps, e.g. 50, in place of Algorithm 2
+    eta: float = 1.0  # DDIM's noise, from 0 to 1, as much as DDPM's
+    device: str = "auto"  # where to compute
+    individual: bool = False  # each picture as a file, too
+    gif: bool = False  # a film of the first batch, too
+    samples: str = ""  # a folder of pictures to score in place of new samples
+    inception_weights: str = ""  # the file of Inception's weights, if it can't be fetched
+    out: str = ""  # the PNG or the run's folder to write
 
 FLAGS = Config.__dataclass_fields__ | Options.__dataclass_fields__
 
@@ -1043,20 +1131,24 @@ def add_command(group, run, name, flags, fields=FLAGS, **options):
     about = FIGURES.get(name, run).__doc__
     parser = group.add_parser(name, help=about, description=about, allow_abbrev=False)
     parser.set_defaults(run=run)
+    source = inspect.getsource(Options) + inspect.getsource(Config)
     for field in (fields[flag] for flag in flags):
-        how = {"type": field.type, "choices": field.metadata["choices"] or None}
+        said = re.search(rf"^    {field.name}: {field.type.__name__} = .*  # (.*)", source, re.M)
+        how = {"type": field.type, "choices": CHOICES.get(field.name)}
         if field.type is tuple:
             how = {"type": int, "nargs": "*"}
         elif field.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        how |= {"dest": field.name, "default": field.default, "help": field.metadata["help"]}
-        parser.add_argument(flag_of(field.name), **how | options)
+        how |= {"dest": field.name, "default": field.default}
+        about = f"{said[1]} [{field.default}]"
+        parser.add_argument(flag_of(field.name), help=about, **how | options)
     return parser
 
 def train_command(args):
     """`train`: the configuration of a preset or checkpoint, changed by the flags given; trains."""
-    given = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
-    data = given.get("data", "")
+    given = {name: value for name, value in vars(args).items()
+             if value is not None and hasattr(Config, name)}
+    data = args.data or ""
     is_folder = os.path.isdir(data)  # then as the user calls it, also if it is a link
     name = os.path.basename(os.path.abspath(data)) if is_folder else data.replace("/", "-")
     out, checkpoint = Path(args.out or Path("runs", name)), None
@@ -1099,8 +1191,7 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     settings = Config.__dataclass_fields__
     train = add_command(commands, train_command, "train", [*settings, "device", "out"],
-                        FLAGS | settings, default=argparse.SUPPRESS)
-    train.set_defaults(device="auto", out="")
+                        FLAGS | settings, default=None)
     start = train.add_mutually_exclusive_group()
     start.add_argument("--preset", choices=PRESETS, help="[cifar10 with an accelerator, else tiny]")
     start.add_argument("--resume", action="store_true", help="the run in --out, or the newest")
@@ -1108,8 +1199,10 @@ def main(argv=None):
     network = "ckpt seed device amp compile"
     sampling = f"{network} n batch_size steps eta gif individual out"
     add_command(commands, sample_command, "sample", sampling.split())
-    evaluate = add_command(commands, eval_command, "eval", f"{network} n batch_size data".split())
-    evaluate.set_defaults(amp="off")  # for figures to compare with a paper's
+    scored = f"{network} n batch_size steps eta data samples inception_weights"
+    evaluate = add_command(commands, eval_command, "eval", scored.split())
+    evaluate.add_argument("--metrics", nargs="+", choices=("bpd", "fid", "is"), help="[bpd]")
+    evaluate.set_defaults(amp="off", n=None)  # float32, for figures to compare with a paper's
     show = commands.add_parser("show", help=show_command.__doc__)
     figures = show.add_subparsers(required=True, metavar="FIGURE", dest="figure")
     add_command(figures, show_command, "forward", ["data", "n", "seed", "out"])
@@ -1117,10 +1210,9 @@ def main(argv=None):
     add_command(figures, show_command, "interpolate", f"{network} data out".split())
     try:
         args = parser.parse_args(argv)
-        if args.run is not train_command and WORLD > 1:
-            raise UserError("torchrun is for train: give each GPU its own --seed here")
-        for name in FLAGS.keys() & vars(args).keys():
-            check_setting(FLAGS[name], getattr(args, name))
+        for name, value in vars(args).items():
+            if name in FLAGS and value is not None:
+                check_setting(FLAGS[name], value)
         return args.run(args) or 0
     except (UserError, OSError) as error:
         message = str(error)
