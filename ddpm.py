@@ -14,9 +14,8 @@ hojonathanho/diffusion, which settles what the paper leaves open. The idea:
   * Train a network to tell, from x_t and t, which noise was mixed in (Eq. 14, Algorithm 1).
   * Start from pure noise, and take the predicted noise out again in small steps (Algorithm 2).
 
-Sections 1 and 2 are the paper; 3 to 5 are what it takes to train: data, files, the loop. Shapes
-are written (B, C, H, W): pictures in a batch, channels, height, width. A picture x_0 is float32
-in [-1, 1]; on the way from or to a file it is uint8, 0..255.
+Sections 1 and 2 are the paper; 3 to 5 are what it takes to train one. Shapes are (B, C, H, W):
+batch, channels, height, width. A picture x_0 is float32 in [-1, 1], and uint8 near its file.
 """
 
 import argparse
@@ -55,7 +54,6 @@ STOPPING = [number for number in signal.Signals if number.name in ("SIGINT", "SI
 
 class UserError(Exception):
     """A mistake that the user can mend. It is printed as one line; the exit status is 2."""
-
 def say(text, end="\n"):
     """Prints a line, over the progress line in a terminal; of several processes the first does.
     A terminal or a pipe that is gone must not end a run: what follows is printed into nothing."""
@@ -66,8 +64,7 @@ def say(text, end="\n"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 def progress(items, what, total, first=0, notes=()):
-    """Hands items on and shows how far they are, the notes, and an estimate of the time left.
-    In a terminal that is a line which rewrites itself, elsewhere a new line every 30 s."""
+    """Hands items on and shows how far they are: in a terminal at once, else every 30 s."""
     terminal = sys.stdout.isatty()
     start = shown = time.perf_counter()
     for done, item in enumerate(items, first + 1):
@@ -81,10 +78,7 @@ def progress(items, what, total, first=0, notes=()):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that makes a run, the paper's for CIFAR-10, as flags of `train`; UserError if it can't be.
-    The comments beside the fields are what `--help` says of them."""
-
-    # the network
+    """All that makes a run, the paper's for CIFAR-10. The comments are `--help`'s. Or UserError."""
     image_size: int = 32  # height and width of the pictures in pixels
     channels: int = 3  # 3 for colour, 1 for grey
     base_channels: int = 128  # channels at full resolution, a multiple of 32
@@ -92,12 +86,10 @@ class Config:
     num_res_blocks: int = 2  # residual blocks a level going down, one more up
     attention_resolutions: tuple = (16,)  # feature map sizes with self-attention
     dropout: float = 0.1  # dropout inside the residual blocks
-    # the diffusion process
     timesteps: int = 1000  # T, the number of noising steps
     beta_start: float = 1e-4  # noise variance of the first step, for T = 1000
     beta_end: float = 0.02  # noise variance of the last step, for T = 1000
     variance: str = "fixedlarge"  # reverse variance, beta or (fixedsmall) the posterior's
-    # the training
     steps: int = 800_000  # optimiser steps in all
     batch_size: int = 128  # pictures in an optimiser step, or computed at a time
     accumulate: int = 1  # passes that a batch is split into, to save memory
@@ -109,7 +101,6 @@ class Config:
     seed: int = 0  # seed of every random draw
     amp: str = "auto"  # mixed precision
     compile: bool = False  # torch.compile: slow at first, then faster; for CUDA
-    # the run
     data: str = ""  # a folder of pictures, or shapes, mnist, cifar10, cifar10/ship, ...
     data_root: str = "data"  # where the named sets are kept, and downloaded to once
     cache_gb: float = 4.0  # larger sets stream from disk, others stay in memory
@@ -117,13 +108,11 @@ class Config:
     log_every: int = 100  # steps between rows of log.csv
     sample_every: int = 5000  # steps between grids of samples
     ckpt_every: int = 5000  # steps between checkpoints
-
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check_setting(field, getattr(self, field.name))
         if not 0 < len(self.channel_mults) <= 8 or self.batch_size % self.accumulate:
             raise UserError("--channel-mults must be 1 to 8, --accumulate must divide --batch-size")
-
     def shape(self, n):
         """Of n pictures: (n, C, H, W)."""
         return n, self.channels, self.image_size, self.image_size
@@ -133,20 +122,13 @@ NETWORK = ("image_size", "channels", "base_channels", "channel_mults", "num_res_
 CHOICES = {"channels": (1, 3), "variance": ("fixedlarge", "fixedsmall"),
            "amp": ("auto", "off", "bf16"), "device": ("auto", "cuda", "mps", "cpu")}
 LIMITS = {  # of numbers; of others 0 to 10^9
-    "image_size base_channels attention_resolutions": (1, 1024),
-    "channel_mults num_res_blocks": (1, 64),
+    "image_size base_channels channel_mults num_res_blocks attention_resolutions": (1, 1024),
+    "steps batch_size accumulate log_every sample_every ckpt_every n": (1, 10**9),
     "dropout beta_start beta_end ema_decay eta": (0, 1),
-    "timesteps": (2, 10**5),
-    "batch_size accumulate": (1, 2**16),
-    "workers": (0, 256),
-    "log_every sample_every ckpt_every n": (1, 10**9),
-    "seed": (0, 2**63 - 1),
-}
-
+    "timesteps": (2, 10**5), "seed": (0, 2**63 - 1)}
 def flag_of(name):
     """How a field is called on the command line."""
-    return "-n" if name == "n" else "--" + name.replace("_", "-")
-
+    return "-n" if name == "n" else "--" + name.removeprefix("ddim_").replace("_", "-")
 def check_setting(field, value):
     """UserError, which names the flag, unless the value is of the field's kind and in its range."""
     choices, kinds = CHOICES.get(field.name), {float: (float, int), tuple: (int,)}
@@ -164,16 +146,13 @@ PRESETS = {
                           variance="fixedsmall", steps=500_000, batch_size=64),
     "tiny": Config(base_channels=32, num_res_blocks=1, attention_resolutions=(8,), dropout=0.0,
                    steps=2500, batch_size=32, lr=1e-3, warmup=100, ema_decay=0.995,
-                   log_every=50, sample_every=500, ckpt_every=500),  # ten minutes on two CPU cores
-}
-
+                   log_every=50, sample_every=500, ckpt_every=500)}  # ten minutes on two CPU cores
 
 # 1. The diffusion process -------------------------------------------------------------------------
 #
 # The paper counts steps 1..T and calls the clean picture x_0. Here, as in the released code, t runs
 # over 0..T-1, so that it indexes a table and is what the network is fed: t here is t + 1 in the
 # paper, alpha_bars[t] is its alpha_bar_{t+1}, and x_t with t = 0 already holds a little noise.
-
 def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
     """Variances of the forward steps, beta_1..beta_T: (T,) float64, linear (Sec. 4).
     Both ends are scaled by 1000/T. UserError if a beta is not within (0, 1), or T is below 2."""
@@ -186,28 +165,22 @@ class Diffusion(nn.Module):
     """Two Markov chains: q adds noise, p_theta takes it away by a network model(x_t, t) -> eps.
     Tables over t = 0..T-1 are computed in float64 and kept as float32 buffers. `variance` is the
     reverse process's (Sec. 3.2): "fixedlarge" is beta_t, "fixedsmall" is beta~_t."""
-
     def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02, variance="fixedlarge"):
         super().__init__()
         self.timesteps = timesteps
         betas = linear_beta_schedule(timesteps, beta_start, beta_end)
-        alphas = 1 - betas
-        alpha_bars = alphas.cumprod(0)
+        alphas, alpha_bars = 1 - betas, (1 - betas).cumprod(0)
         alpha_bars_prev = F.pad(alpha_bars[:-1], (1, 0), value=1.0)  # alpha_bar_0 = 1
         posterior_variance = betas * (1 - alpha_bars_prev) / (1 - alpha_bars)  # beta~, Eq. 7
         sigma = {"fixedlarge": betas, "fixedsmall": posterior_variance}[variance].sqrt()
         # beta~_1 is 0, of which no picture has a likelihood: the released code takes beta~_2.
         sigma[0] = posterior_variance[1].sqrt()
         tables = {
-            "betas": betas,
-            "alpha_bars": alpha_bars,
-            "sqrt_alpha_bars": alpha_bars.sqrt(),
+            "betas": betas, "alpha_bars": alpha_bars, "sqrt_alpha_bars": alpha_bars.sqrt(),
             "sqrt_one_minus_alpha_bars": (1 - alpha_bars).sqrt(),
             "posterior_mean_x_0": alpha_bars_prev.sqrt() * betas / (1 - alpha_bars),
             "posterior_mean_x_t": alphas.sqrt() * (1 - alpha_bars_prev) / (1 - alpha_bars),
-            "posterior_sigma": posterior_variance.sqrt(),
-            "sigma": sigma,
-        }
+            "posterior_sigma": posterior_variance.sqrt(), "sigma": sigma}
         for name, table in tables.items():
             self.register_buffer(name, table.float())
 
@@ -230,9 +203,8 @@ class Diffusion(nn.Module):
         return Normal(mean, self.posterior_sigma[t])
 
     def p_step(self, model, x_t, t):
-        """p_theta(x_{t-1} | x_t), a Normal, and the x_0 that Eq. 4 gives for the predicted noise,
-        clipped as in the released code. Unless it was clipped, the Normal's mean is Eq. 11,
-        (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t)."""
+        """p_theta(x_{t-1} | x_t), a Normal, and the x_0 that Eq. 4 predicts, clipped as released.
+        Unclipped, this is Eq. 11: (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t)."""
         eps = model(x_t, torch.full((len(x_t),), t, device=x_t.device))
         x_0 = (x_t - self.sqrt_one_minus_alpha_bars[t] * eps) / self.sqrt_alpha_bars[t]
         x_0 = x_0.clamp(-1, 1)
@@ -294,13 +266,10 @@ def discretised_log_likelihood(x_0, p):
                     for z in (low, high))
     mass = above.masked_fill(x_0 > 0.999, 1) - below.masked_fill(x_0 < -0.999, 0)
     return mass.clamp(min=1e-12).log()
-
 EPOCH, STEP, PICTURE = range(3)  # what a random stream is for: tags that keep seeds apart
-
 def seed_of(seed, *key):
     """A seed that is a function of the run's seed and a key: a tag, then its numbers."""
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
-
 def noise_for(shape, device, seed, first=0):
     """Yields N(0, I) for ever, (B, C, H, W) = shape; picture i's is that of (seed, first + i)."""
     ahead = max(1, 2**17 // math.prod(shape[1:]))  # steps drawn at once: a GPU likes few calls
@@ -310,26 +279,22 @@ def noise_for(shape, device, seed, first=0):
         draws = [torch.randn(ahead, *shape[1:], generator=g, device=device) for g in generators]
         yield from torch.stack(draws, 1)
 
-
 # 2. The network -----------------------------------------------------------------------------------
 #
 # Appendix B as released, oddities and all, with the parameter names of the published weights.
 # `h` is a feature map, `width` a number of channels.
-
 def sinusoidal_embedding(t, dim):
     """The Transformer's embedding of steps t: (B,) -> (B, dim) float32, sines, then cosines."""
     half = dim // 2  # the frequencies fall from 1 to 1/10000, both included, hence half - 1
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / (half - 1))
     angles = t.float()[:, None] * frequencies  # (B, half)
     return torch.cat([angles.sin(), angles.cos()], 1)
-
 def group_norm(width):
     """GroupNorm in the paper's 32 groups; in thin networks of 4 channels: 1 would lose the time."""
     return nn.GroupNorm(min(32, width // 4), width, eps=1e-6)  # TensorFlow's eps, not PyTorch's
 
 class ResBlock(nn.Module):
     """Convolutions beside a shortcut, told the time: (B, width_in, H, W) -> (B, width, H, W)."""
-
     def __init__(self, width_in, width, temb_width, dropout):
         super().__init__()
         self.norm1 = group_norm(width_in)
@@ -339,7 +304,6 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
-
     def forward(self, x, temb):
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
@@ -348,22 +312,18 @@ class ResBlock(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention over all positions, one head as wide as the channels: (B, C, H, W) -> same."""
-
     def __init__(self, width):
         super().__init__()
         self.group_norm = group_norm(width)
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.to_out = nn.Sequential(nn.Linear(width, width))  # its published name is to_out.0
-
     def forward(self, x):
         h = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, HW, C)
         q, k, v = (project(h).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # softmax(q k^T / sqrt(C)) v
         return x + self.to_out(h).transpose(1, 2).view_as(x)
-
 class Level(nn.Module):
     """Residual blocks of one size, one for each of `widths_in`, an attention or none after each."""
-
     def __init__(self, widths_in, width, temb_width, dropout, attend):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(w, width, temb_width, dropout) for w in widths_in)
@@ -372,7 +332,6 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """eps_theta(x_t, t): the noise in x_t. x_t: (B, C, H, W) and t: (B,) -> (B, C, H, W) float32.
     A level for each of channel_mults, each half the size of the one before; or UserError."""
-
     def __init__(self, image_size=32, channels=3, base_channels=128, channel_mults=(1, 2, 2, 2),
                  num_res_blocks=2, attention_resolutions=(16,), dropout=0.1):
         super().__init__()
@@ -440,23 +399,18 @@ def build(config, device=None):
     betas = config.timesteps, config.beta_start, config.beta_end
     return UNet(**network).to(device), Diffusion(*betas, config.variance).to(device)
 
-
 # 3. Data ------------------------------------------------------------------------------------------
-
 def to_unit(pictures):
     """uint8, 0..255 -> float32 in [-1, 1] (Sec. 3.3)."""
     return pictures.float() / 127.5 - 1
-
 def to_uint8(x_0):
     """float32 in [-1, 1] -> uint8, 0..255, rounded: a cast alone truncates, and darkens."""
     return ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
 def grid(pictures, columns=None):
     """A PIL image of pictures, uint8 (N, C, H, W), side by side; a square if not told how wide."""
     width = columns or math.ceil(len(pictures) ** 0.5)
     tiled = utils.make_grid(pictures.cpu(), width, pad_value=255).permute(1, 2, 0)
     return Image.fromarray(tiled.numpy())
-
 def read_picture(image, size, channels):
     """The middle square of a PIL image, resized: uint8 (channels, size, size).
     Turned as its EXIF says, transparent over white, 16 bits to 8. Raises one of BROKEN."""
@@ -473,21 +427,16 @@ def read_picture(image, size, channels):
 
 class Shapes:
     """Coloured circles, squares and triangles, 10,000 a split, used like torchvision's sets."""
-
     classes = ("circle", "square", "triangle")
-
     def __init__(self, root="", train=True, download=False):
         self.first, self.targets = 0 if train else 10_000, [i % 3 for i in range(10_000)]
-
     def __getitem__(self, i):
         rng = np.random.default_rng(self.first + i)
         radius, hue, light = rng.uniform((24, 0, 35), (48, 360, 60))
         circle, sides = (*rng.uniform(radius, 128 - radius, 2), radius), (64, 4, 3)[i % 3]
-        image = Image.new("RGB", (128, 128), "white")
-        colour = f"hsl({hue:.0f}, 80%, {light:.0f}%)"
+        image, colour = Image.new("RGB", (128, 128), "white"), f"hsl({hue:.0f}, 80%, {light:.0f}%)"
         ImageDraw.Draw(image).regular_polygon(circle, sides, fill=colour)
         return image, i % 3
-
 def flowers(root, train, download):
     """Flowers by torchvision's ways; its own Flowers102 needs scipy to read labels and splits."""
     folder, url = Path(root, "flowers-102"), "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
@@ -505,7 +454,6 @@ BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, Ru
 Image.MAX_IMAGE_PIXELS = 2**26  # twice as many are a DecompressionBombError
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 say_once = functools.cache(say)
-
 def find_pictures(folder):
     """Paths of all pictures below a folder, sorted; none of hidden folders or runs of `train`."""
     folder = Path(folder)
@@ -513,7 +461,6 @@ def find_pictures(folder):
     paths = [path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS]
     paths = [path for path in paths if "/." not in f"/{path.relative_to(folder).as_posix()}"]
     return sorted(path for path in paths if runs.isdisjoint(path.parents) and path.is_file())
-
 def ignore_signals(worker):
     """Ctrl-C and the like reach a whole group of processes: the main one says when to end."""
     for number in STOPPING:
@@ -522,7 +469,6 @@ def ignore_signals(worker):
 class Pictures(torch.utils.data.Dataset):
     """The pictures of a folder, a named set, or one class of it. UserError if there are none.
     Item i is uint8 (C, size, size), or None, and said once, if it can't be read."""
-
     def __init__(self, data, config, root="data", train=True):
         self.config, self.set = config, None
         name, _, label = data.partition("/")
@@ -541,11 +487,8 @@ class Pictures(torch.utils.data.Dataset):
                        f"nor is it one of {', '.join(SETS)}")
         if not self.items:
             raise UserError(missing)
-        self.parts = math.ceil(len(self) / 64)
-
     def __len__(self):
         return len(self.items)
-
     def __getitem__(self, i):
         item = self.items[i]
         try:
@@ -553,7 +496,6 @@ class Pictures(torch.utils.data.Dataset):
             return read_picture(image, self.config.image_size, self.config.channels)
         except BROKEN as error:
             say_once(f"skipped a broken picture, {str(item)!r}: {error or type(error).__name__}")
-
     def batches(self, groups):
         """For each group of item numbers, those pictures that can be read: uint8 (N, C, H, W)."""
         workers = min(self.config.workers, os.cpu_count(), len(self) // 256)
@@ -565,15 +507,14 @@ class Pictures(torch.utils.data.Dataset):
             if tried >= len(self) and not found:
                 raise UserError(f"none of the {len(self)} pictures can be read")
             yield torch.from_numpy(good.reshape(self.config.shape(len(good))))
-
-    def in_order(self):
-        """All pictures that can be read, in `parts` batches."""
-        return self.batches(torch.arange(len(self)).split(64))
-
+    def in_order(self, what):
+        """All pictures that can be read, batch by batch; `what` is done with them is shown."""
+        groups = torch.arange(len(self)).split(64)
+        return progress(self.batches(groups), f"{what}, batch", len(groups))
     def read(self):
         """All pictures that can be read, in order: uint8 (N, C, H, W)."""
         pictures, n = torch.empty(self.config.shape(len(self)), dtype=torch.uint8), 0
-        for batch in progress(self.in_order(), "reading pictures, batch", self.parts):
+        for batch in self.in_order("reading pictures"):
             pictures[n : n + len(batch)] = batch
             n += len(batch)
         return pictures[:n]
@@ -589,29 +530,21 @@ def training_batches(pictures, config, step, passes=1):
     Picture k of a run is number k % n of epoch k // n: it can be resumed anywhere, by any number
     of processes. `pictures` is a tensor of them, or a Pictures to stream."""
     n, size = len(pictures), config.batch_size // passes
-
     def groups():
         for i in itertools.count(step * passes + RANK, WORLD):
             run = range(i * size, (i + 1) * size)
             yield [epoch_order(n, config.seed, k // n)[k % n] for k in run]
-
     if isinstance(pictures, Pictures):
         return filter(len, pictures.batches(groups()))
     return (pictures[torch.tensor(group).to(pictures.device)] for group in groups())
-
 def some_pictures(data, config, n, seed):
     """n pictures of `data`, of a named set's test split, in an order of the seed: (n, C, H, W)."""
-    pictures, found = Pictures(data, config, train=False), []
+    pictures = Pictures(data, config, train=False)
     order = torch.tensor(epoch_order(len(pictures), seed, 0))
-    for batch in pictures.batches(order.split(n)):
-        found += batch
-        if len(found) >= n:  # as a rule at once, but some may be broken
-            break
-    return torch.stack(found[:n])
-
+    found = itertools.chain.from_iterable(pictures.batches(order.split(n)))
+    return torch.stack(list(itertools.islice(found, n)))  # more than one batch if some are broken
 
 # 4. Devices and files -----------------------------------------------------------------------------
-
 def pick_device(name, amp):
     """(device, dtype) of --device and --amp; dtype None is float32. UserError if not to be had."""
     found = torch.accelerator.current_accelerator(check_available=True)
@@ -629,18 +562,15 @@ def pick_device(name, amp):
     torch.backends.cudnn.allow_tf32 = amp != "off"  # --amp off is float32, in convolutions too
     bf16 = amp == "bf16" or (amp == "auto" and has_bf16)
     return torch.device(name), torch.bfloat16 if bf16 else None
-
 def in_precision(model, device, dtype):
     """model(x_t, t), computed in mixed precision of this dtype, or in float32 if it is None."""
-
     def call(x_t, t):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             return model(x_t, t)
-
     return call
 
 def replace_file(path, write, essential=True):
-    """Has write(temporary path) make a file, then puts it in place; the first of several processes.
+    """Has write(temporary path) make a file, then puts it in place; in the first process alone.
     A file that can't be written is a UserError, or if not essential it is said."""
     temporary = path.with_name("." + path.name)
     if RANK > 0:
@@ -661,11 +591,9 @@ def replace_file(path, write, essential=True):
 PUBLISHED = {"act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-6, "downsample_padding": 0,
              "attention_head_dim": None, "flip_sin_to_cos": False, "freq_shift": 1}
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
 def read_safetensors(path):
-    """The tensors of a .safetensors file, by name. Raises one of BROKEN if it is damaged.
-    It is 8 bytes with the length of a header, the header in JSON, and the tensors' bytes."""
-    data = bytearray(path.read_bytes())
+    """The tensors of a .safetensors file, by name. Raises one of BROKEN if it is damaged."""
+    data = bytearray(path.read_bytes())  # the length of a header, the header, and the numbers
     end = 8 + int.from_bytes(data[:8], "little")
     header, tensors, at = json.loads(data[8:end]), {}, end
     header.pop("__metadata__", None)
@@ -701,21 +629,17 @@ def read_published(folder):
     for old, new in OLD_NAMES.items():
         weights = {name.replace(f".{old}.", f".{new}."): w for name, w in weights.items()}
     return {"config": config, "step": 0, "log": "", "model": weights, "ema": weights}
-
 def check_tensors(tensors, shapes):
     """ValueError unless these are tensors of these shapes, by name, and all numbers are finite."""
     fit = {name: tensor.shape for name, tensor in tensors.items()} == shapes
     if not fit or not all(w.is_floating_point() and w.isfinite().all() for w in tensors.values()):
         raise ValueError("its weights are not finite, or not those of the network it describes")
-
 def find_checkpoint(name=""):
     """The path of a checkpoint file, of a run's folder, or of the newest run below ./runs if ""."""
-    if name:
-        return Path(name, "ckpt.pt") if Path(name, "ckpt.pt").exists() else Path(name)
-    runs = list(Path("runs").glob("**/ckpt.pt"))
+    runs = [Path(name)] if name else sorted(Path("runs").rglob("ckpt.pt"), key=os.path.getmtime)
     if not runs:
         raise UserError("there is no run below ./runs: train first, or name a checkpoint")
-    return max(runs, key=os.path.getmtime)
+    return runs[-1] / "ckpt.pt" if (runs[-1] / "ckpt.pt").exists() else runs[-1]
 
 def load_checkpoint(path, resume=False):
     """(checkpoint, Config) of a file that `train` saved, or of a folder of published weights.
@@ -730,17 +654,14 @@ def load_checkpoint(path, resume=False):
         check_tensors(checkpoint["ema"], shapes)
         if type(step) is not int or step < 0 or type(checkpoint.get("log", "")) is not str:
             raise ValueError("its step is no number of steps, or its log no text")
-        if resume:  # Adam's kernels don't check
-            state = checkpoint["optimizer"]["state"]
-            for i, shape in enumerate(shapes.values()):
-                wanted = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
-                check_tensors(state[i], wanted)
-                state[i] = {name: moment.contiguous() for name, moment in state[i].items()}
+        state = checkpoint["optimizer"]["state"] if resume else {}
+        for i, shape in enumerate(shapes.values() if resume else ()):  # Adam's kernels don't check
+            check_tensors(state[i], {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape})
+            state[i] = {name: moment.contiguous() for name, moment in state[i].items()}
         return checkpoint, config
     except (UserError, *BROKEN) as error:
         why = f" ({error})" if isinstance(error, (UserError, OSError, ValueError)) else ""
         raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py{why}")
-
 def load(path="", device="cpu", ema=True):
     """(UNet, Diffusion, Config) of a checkpoint, a run's folder or published weights, to sample.
     The newest run's if no path is given; the weights' average unless `ema` is false."""
@@ -749,21 +670,16 @@ def load(path="", device="cpu", ema=True):
     model.load_state_dict(checkpoint["ema" if ema else "model"])
     return model.eval().requires_grad_(False), diffusion, config
 
-
 # 5. Training --------------------------------------------------------------------------------------
-
 class EMA:
     """A moving average of a model's weights, float32. Its decay starts low, as TensorFlow's can."""
-
     def __init__(self, model, decay):
         self.decay, self.model = decay, copy.deepcopy(model).eval().requires_grad_(False)
-
     @torch.no_grad()
     def update(self, model, step):
         """ema <- decay * ema + (1 - decay) * weights, after training step 0, 1, ..."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
-
 def over_processes(tensor, op=dist.ReduceOp.SUM):
     """A tensor's number, combined with those of torchrun's other processes."""
     if WORLD > 1:
@@ -774,14 +690,12 @@ def note_signals():
     """A list that Ctrl-C, SIGTERM and SIGHUP are added to, so that `train` can end a step and save.
     A second Ctrl-C ends the program, unless torchrun is there, which repeats the first."""
     noted = []
-
     def note(number, frame):
         if number == signal.SIGINT in noted and WORLD == 1:
             os._exit(128 + number)
         noted.append(number)
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nending after this step; Ctrl-C ends it at once\n")
-
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, note)
@@ -804,8 +718,6 @@ def train(config, out, device, dtype, checkpoint=None, signals=()):
     passes = math.lcm(config.accumulate, WORLD)  # each process takes as many of them
     if config.batch_size % passes:
         raise UserError(f"--batch-size {config.batch_size} for {WORLD} processes: use n * {passes}")
-
-    # What is trained.
     torch.manual_seed(config.seed)
     model, diffusion = build(config, device)
     ema = EMA(model, config.ema_decay)
@@ -819,16 +731,12 @@ def train(config, out, device, dtype, checkpoint=None, signals=()):
         ema.model.load_state_dict(checkpoint["ema"])
         first = checkpoint["step"]
     if first:
-        moments = checkpoint["optimizer"]["state"]
+        moments, log = checkpoint["optimizer"]["state"], checkpoint.get("log", log)
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-        log = checkpoint.get("log", log)
-    net = model
-    if WORLD > 1:
-        net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    ddp = functools.partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
+    net = ddp(model) if WORLD > 1 else model
     net = in_precision(torch.compile(net) if config.compile else net, device, dtype)
     ema_net = in_precision(ema.model, device, dtype)
-
-    # What it is trained on.
     pictures = Pictures(config.data, config, config.data_root)
     if math.prod(config.shape(len(pictures))) <= config.cache_gb * 2**30:
         pictures = pictures.read().to(device)
@@ -854,7 +762,6 @@ def train(config, out, device, dtype, checkpoint=None, signals=()):
         optimizer.step()
         optimizer.zero_grad()
         ema.update(model, step)
-
         done = step + 1
         stop = over_processes(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX)
         ending = stop or done == config.steps
@@ -862,8 +769,7 @@ def train(config, out, device, dtype, checkpoint=None, signals=()):
         if saving or done % config.log_every == 0:  # not each step: it waits for the device
             loss = over_processes(total_loss) / (done - logged)
             if not math.isfinite(loss + norm):
-                raise UserError(f"the loss or its gradient is not finite at step {done}: "
-                                "--resume with a lower --lr, or --amp off")
+                raise UserError(f"loss not finite at step {done}: --resume with a lower --lr")
             total_loss, logged = torch.zeros_like(total_loss), done
             log += f"{done},{loss:.6f},{lr:.6g},{norm:.4f}\n"
             replace_file(out / "log.csv", lambda file: file.write_text(log), essential=False)
@@ -882,17 +788,13 @@ def train(config, out, device, dtype, checkpoint=None, signals=()):
             replace_file(out / f"step-{done:06}.png", grid(samples).save, essential=False)
     return 0
 
-
 # 6. Samples and figures ---------------------------------------------------------------------------
-
 def reserve(path):
-    """Makes an empty file for the result to replace, so that no other program takes the name.
-    OSError if something is there already, or it can't be written."""
+    """Makes an empty file for the result to replace; OSError if something is there already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.open("x").close()
     path = path.absolute()  # removed again at the end if there was no result
     atexit.register(lambda: path.exists() and path.stat().st_size == 0 and path.unlink())
-
 def load_network(args):
     """(model, Diffusion, Config, path) of --ckpt, ready to be called as model(x_t, t)."""
     device, dtype = pick_device(args.device, args.amp)
@@ -907,7 +809,7 @@ def load_network(args):
 
 def sample_command(args):
     """`sample`: new pictures from a checkpoint as one grid; as files and a film if asked for."""
-    if args.eta != 1 and not args.steps:
+    if args.eta != 1 and not args.ddim_steps:
         raise UserError("--eta is for DDIM: say in how many --steps")
     model, diffusion, config, path = load_network(args)
     names = (path.parent / f"samples-{i:03}.png" for i in itertools.count())
@@ -918,9 +820,8 @@ def sample_command(args):
         reserve(film)
     if args.individual:
         folder.mkdir()
-    shape = config.shape(args.n)
-    steps = args.steps or diffusion.timesteps
-    states = draw(diffusion, model, shape, args.seed, args.batch_size, args.steps, args.eta)
+    steps, chain = args.ddim_steps or diffusion.timesteps, (diffusion, model, config.shape(args.n))
+    states = draw(*chain, args.seed, args.batch_size, args.ddim_steps, args.eta)
     total = math.ceil(args.n / args.batch_size) * (steps + 1)
     pictures, frames = [], []
     for i, (first, t, x_t) in enumerate(progress(states, "sampling, step", total)):
@@ -970,10 +871,8 @@ def interpolate_figure(args):
         *_, (_, x_t, _) = progress(chain, "interpolating, step", start + 1)
         rows.append(torch.cat([x_0[:1], x_t, x_0[1:]]))
     return torch.stack(rows, 1), f"columns: source, 0 to 1 by tenths, source; rows: {starts} steps"
-
 FIGURES = {"forward": forward_figure, "progressive": progressive_figure,
            "interpolate": interpolate_figure}
-
 def show_command(args):
     """`show`: a figure as a PNG."""
     out = Path(args.out or args.figure).with_suffix(".png")
@@ -983,17 +882,13 @@ def show_command(args):
     replace_file(out, grid(to_uint8(pictures), len(columns)).save)
     say(f"wrote {out}, {text}")
 
-
 # 7. Evaluation ------------------------------------------------------------------------------------
-
 def print_bound(args):
     """The variational bound in bits/dim, its parts (Sec. 4.3), and Fig. 5 in ten rows."""
     model, diffusion, config, _ = load_network(args)
     data, device, T = args.data or config.data, diffusion.betas.device, diffusion.timesteps
-    parts = some_pictures(data, config, args.n or 64, args.seed).split(args.batch_size)
-    tables = []
+    parts, tables = some_pictures(data, config, args.n or 64, args.seed).split(args.batch_size), []
     say(f"bits/dim of {sum(map(len, parts))} pictures of {data!r}, of a named set's test split")
-
     for i, part in enumerate(parts):
         noise = noise_for(part.shape, device, args.seed, first=i * args.batch_size)
         terms = diffusion.bits_per_dim(model, to_unit(part.to(device)), noise)
@@ -1003,113 +898,96 @@ def print_bound(args):
     rate, distortion = terms[:, 1:].sum(1), terms[:, 0]
     for name, bits in {"total": rate + distortion, "rate": rate, "distortion": distortion}.items():
         error = bits.std(correction=0) / len(bits) ** 0.5
-        say(f"{name:22} {bits.mean():7.4f} +- {error:.4f} bits/dim")
+        say(f"{name:12} {bits.mean():7.4f} +- {error:.4f} bits/dim")
     rmse, terms = 127.5 * errors.mean(0).sqrt(), terms.mean(0)
-    say(f"{'error of the last x_0':22} {rmse[0]:7.4f} of 255, root of the mean square")
-    say("\nFig. 5: once x_t is known\n     t  bits/dim  error of x_0")
+    say("\nFig. 5: once x_t is known\n     t  bits/dim  error of x_0, of 255")
     for t in dict.fromkeys(T * k // 1000 for k in (999, 800, 600, 400, 200, 100, 50, 20, 10, 0)):
         say(f"{t:6} {terms[t + 1 :].sum():9.4f} {rmse[t]:13.2f}")
 
-# The network that FID and IS are defined by: TensorFlow's of 2015, as pytorch-fid publishes it.
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth")
 
 def load_inception(file=None, device="cpu"):
-    """The network of FID and IS: uint8 pictures (B, 1 or 3, H, W) -> (features (B, 2048), class
+    """TensorFlow's network of 2015: uint8 pictures (B, 1 or 3, H, W) -> (features (B, 2048), class
     probabilities (B, 1008)). Its weights are fetched once, or a file's; else UserError."""
     net = models.Inception3(1008, aux_logits=False, init_weights=False)
-    fetch = torch.hub.load_state_dict_from_url
     try:
-        fetched = file or fetch(INCEPTION, check_hash=True, weights_only=True)
-        net.load_state_dict(torch.load(file, "cpu") if file else fetched)
+        weights = torch.load(file, "cpu") if file else torch.hub.load_state_dict_from_url(
+            INCEPTION, check_hash=True, weights_only=True)
+        net.load_state_dict(weights)
     except BROKEN as error:
-        raise UserError(f"no Inception weights in {file or 'the cache'} ({error!s:.60}): fetch "
-                        f"{INCEPTION} and name it by --inception-weights")
+        raise UserError(f"no Inception ({error!s:.60}): fetch {INCEPTION} for --inception-weights")
     kept, average = [], functools.partial(F.avg_pool2d, count_include_pad=False)
     for block in (block for block in net.children() if hasattr(block, "branch_pool")):
         pool = F.max_pool2d if block is net.Mixed_7c else average  # not as torchvision pools
         block.register_forward_pre_hook(lambda _, x, pool=pool: kept.append(pool(*x, 3, 1, 1)))
         block.branch_pool.register_forward_pre_hook(lambda *_: (kept.pop(),))
-    classes, net.fc = net.fc.weight.to(device), nn.Identity()
     net.to(device).eval().requires_grad_(False)
-
+    classes, net.fc = net.fc.weight, nn.Identity()
     def inception(pictures):
         x = to_unit(pictures.to(device)).expand(-1, 3, -1, -1)
         features = net(F.interpolate(x, (299, 299), mode="bilinear"))
         return features, (features @ classes.T).softmax(1)  # the reference IS has no bias here
-
     return inception
-
-def features_of(inception, batches, total):
-    """Features and class probabilities of all pictures in so many batches, uint8 (B, C, H, W)."""
-    found = [inception(batch) for batch in progress(batches, "Inception's features, batch", total)]
-    return [torch.cat(column).cpu() for column in zip(*found)]
 
 def gaussian_of(features):
     """Mean (D,) and covariance (D, D) of features (N, D), in float64."""
     mean = features.mean(0, dtype=torch.float64)
     parts = (part - mean for part in features.split(1024))
     return mean, sum(part.T @ part for part in parts) / (len(features) - 1)
-
 def frechet_distance(a, b):
     """FID (Heusel et al. 2017) of two sets of features (N, D): for Gaussians of their moments,
     |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))."""
     (mean_a, cov_a), (mean_b, cov_b) = gaussian_of(a), gaussian_of(b)
     roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()  # rounding can pass 0
     return ((mean_a - mean_b).square().sum() + (cov_a + cov_b).trace() - 2 * roots.sum()).item()
-
 def inception_score(probabilities, splits=10):
-    """IS (Salimans et al. 2016): exp of the mean KL(p(y | x) || p(y)) of probabilities (N, K), as
-    (mean, standard deviation) over so many equal parts."""
+    """IS (Salimans et al. 2016), exp E KL(p(y|x) || p(y)): mean and deviation of so many splits."""
     parts = probabilities.double().tensor_split(splits)
     kls = [(torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1) for p in parts]
     scores = [kl.mean().exp().item() for kl in kls]
     return np.mean(scores), np.std(scores)
 
-def print_scores(args, metrics):
-    """FID against the training set, and IS, of new samples or of the pictures in a folder."""
+def eval_command(args):
+    """`eval`: the bound and Fig. 5 (Sec. 4.3); or FID against the training set and Inception Score,
+    of new samples or of the pictures in a folder."""
+    metrics = args.metrics or (["fid", "is"] if args.samples else ["bpd"])
+    if "bpd" in metrics:
+        print_bound(args)
+    if metrics == ["bpd"]:
+        return
     inception = load_inception(args.inception_weights, pick_device(args.device, args.amp)[0])
     if args.samples:
-        samples = Pictures(args.samples, PRESETS["tiny"])
+        samples, made = Pictures(args.samples, PRESETS["tiny"]), f"pictures of {args.samples}"
         samples.config = config = Config(image_size=min(Image.open(samples.items[0]).size))
-        made, batches, total = f"pictures of {args.samples}", samples.in_order(), samples.parts
+        batches = samples.in_order("features of samples")
     else:
         model, diffusion, config, _ = load_network(args)
-        made, n = f"samples in {args.steps or config.timesteps} steps", args.n or 50_000
+        made, n = f"samples in {args.ddim_steps or config.timesteps} steps", args.n or 50_000
         chain = (diffusion, model, config.shape(n), args.seed, args.batch_size)
-        batches = (to_uint8(x_t) for _, t, x_t in draw(*chain, args.steps, args.eta) if t < 0)
-        total = math.ceil(n / args.batch_size)
-    features, probabilities = features_of(inception, batches, total)
+        states = draw(*chain, args.ddim_steps, args.eta)
+        batches = (to_uint8(x_t) for _, t, x_t in states if t < 0)
+        batches = progress(batches, "sampling, batch", math.ceil(n / args.batch_size))
+    features, probabilities = (torch.cat(part).cpu() for part in zip(*map(inception, batches)))
     data, made = args.data or config.data, f"{len(features)} {made}"
     if len(features) < 10_000:
         say("a FID of fewer than 10,000 pictures is too high: do not compare it with others")
     if "fid" in metrics:
-        pictures = Pictures(data, config)
-        theirs, _ = features_of(inception, pictures.in_order(), pictures.parts)
+        pictures = Pictures(data, config).in_order("features of the training set")
+        theirs = torch.cat([inception(batch)[0].cpu() for batch in pictures])
         fid = frechet_distance(features, theirs)
         say(f"FID {fid:.3f} of {made} against {len(theirs)} training pictures of {data!r}")
     if "is" in metrics:
         mean, deviation = inception_score(probabilities)
         say(f"Inception Score {mean:.3f} +- {deviation:.3f} of {made}")
 
-def eval_command(args):
-    """`eval`: the bound in bits/dim, its parts and Fig. 5 (Sec. 4.3); FID and Inception Score."""
-    metrics = args.metrics or (["fid", "is"] if args.samples else ["bpd"])
-    if "bpd" in metrics:
-        print_bound(args)
-    if metrics != ["bpd"]:
-        print_scores(args, metrics)
-
-
 # 8. The command line ------------------------------------------------------------------------------
-
 @dataclasses.dataclass
 class Options:
     """The flags of the commands that are no part of a run's Config."""
-
     ckpt: str = ""  # a checkpoint, a run's folder or published weights; if none, the newest run
     n: int = 64  # how many pictures
-    steps: int = 0  # DDIM in so many steps, e.g. 50, in place of Algorithm 2
+    ddim_steps: int = 0  # DDIM in so many steps, e.g. 50, in place of Algorithm 2
     eta: float = 1.0  # DDIM's noise, from 0 to 1, as much as DDPM's
     device: str = "auto"  # where to compute
     individual: bool = False  # each picture as a file, too
@@ -1117,40 +995,35 @@ class Options:
     samples: str = ""  # a folder of pictures to score in place of new samples
     inception_weights: str = ""  # the file of Inception's weights, if it can't be fetched
     out: str = ""  # the PNG or the run's folder to write
-
 FLAGS = Config.__dataclass_fields__ | Options.__dataclass_fields__
-
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose complaints are one line, as all others of this program."""
-
     def error(self, message):
         raise UserError(f"{message} (see `{self.prog} --help`)")
 
-def add_command(group, run, name, flags, fields=FLAGS, **options):
+def add_command(group, run, name, flags, **options):
     """A parser of a command or figure that `run` runs; options: of add_argument, for all flags."""
     about = FIGURES.get(name, run).__doc__
     parser = group.add_parser(name, help=about, description=about, allow_abbrev=False)
     parser.set_defaults(run=run)
-    source = inspect.getsource(Options) + inspect.getsource(Config)
-    for field in (fields[flag] for flag in flags):
-        said = re.search(rf"^    {field.name}: {field.type.__name__} = .*  # (.*)", source, re.M)
+    source = inspect.getsource(Config) + inspect.getsource(Options)
+    for field in map(FLAGS.get, flags):
+        said = re.search(rf"    {field.name}: .* = .*  # (.*)", source)
         how = {"type": field.type, "choices": CHOICES.get(field.name)}
         if field.type is tuple:
             how = {"type": int, "nargs": "*"}
         elif field.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
         how |= {"dest": field.name, "default": field.default}
-        about = f"{said[1]} [{field.default}]"
-        parser.add_argument(flag_of(field.name), help=about, **how | options)
+        how["help"] = f"{said[1]} [{field.default}]"
+        parser.add_argument(flag_of(field.name), **how | options)
     return parser
 
 def train_command(args):
     """`train`: the configuration of a preset or checkpoint, changed by the flags given; trains."""
-    given = {name: value for name, value in vars(args).items()
-             if value is not None and hasattr(Config, name)}
+    given = {k: v for k, v in vars(args).items() if v is not None and hasattr(Config, k)}
     data = args.data or ""
-    is_folder = os.path.isdir(data)  # then as the user calls it, also if it is a link
-    name = os.path.basename(os.path.abspath(data)) if is_folder else data.replace("/", "-")
+    name = Path(os.path.abspath(data)).name if os.path.isdir(data) else data.replace("/", "-")
     out, checkpoint = Path(args.out or Path("runs", name)), None
     if args.resume or args.init_from:
         path = find_checkpoint(args.init_from or (out if args.out or name else ""))
@@ -1164,9 +1037,7 @@ def train_command(args):
         base = dataclasses.replace(base, data="", data_root="data")
     else:
         slow = pick_device(args.device, "off")[0].type == "cpu"
-        preset = args.preset or ("tiny" if slow else "cifar10")
-        say(f"--preset {preset} (cifar10 is the paper's network, tiny is for CPUs)")
-        base = PRESETS[preset]
+        base = PRESETS[args.preset or ("tiny" if slow else "cifar10")]
         if name.startswith(("mnist", "fashion-mnist")):
             base = dataclasses.replace(base, channels=1, flip=name.startswith("fashion"))
     config = dataclasses.replace(base, **given)
@@ -1189,17 +1060,16 @@ def main(argv=None):
         stream.reconfigure(errors="backslashreplace")  # not every name can be printed everywhere
     parser = Parser(prog="ddpm.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    settings = Config.__dataclass_fields__
-    train = add_command(commands, train_command, "train", [*settings, "device", "out"],
-                        FLAGS | settings, default=None)
+    flags = [*Config.__dataclass_fields__, "device", "out"]
+    train = add_command(commands, train_command, "train", flags, default=None)
     start = train.add_mutually_exclusive_group()
     start.add_argument("--preset", choices=PRESETS, help="[cifar10 with an accelerator, else tiny]")
     start.add_argument("--resume", action="store_true", help="the run in --out, or the newest")
     start.add_argument("--init-from", metavar="CKPT", help="fine-tune the weights of a checkpoint")
     network = "ckpt seed device amp compile"
-    sampling = f"{network} n batch_size steps eta gif individual out"
+    sampling = f"{network} n batch_size ddim_steps eta gif individual out"
     add_command(commands, sample_command, "sample", sampling.split())
-    scored = f"{network} n batch_size steps eta data samples inception_weights"
+    scored = f"{network} n batch_size ddim_steps eta data samples inception_weights"
     evaluate = add_command(commands, eval_command, "eval", scored.split())
     evaluate.add_argument("--metrics", nargs="+", choices=("bpd", "fid", "is"), help="[bpd]")
     evaluate.set_defaults(amp="off", n=None)  # float32, for figures to compare with a paper's
