@@ -32,6 +32,7 @@ import os
 import pickle
 import re
 import signal
+import sqlite3
 import struct
 import sys
 import time
@@ -124,8 +125,8 @@ CHOICES = {"channels": (1, 3), "variance": ("fixedlarge", "fixedsmall"),
 LIMITS = {  # of numbers; of others 0 to 10^9
     "image_size base_channels channel_mults num_res_blocks attention_resolutions": (1, 1024),
     "steps batch_size accumulate log_every sample_every ckpt_every n": (1, 10**9),
-    "dropout beta_start beta_end ema_decay eta": (0, 1),
-    "timesteps": (2, 10**5), "seed": (0, 2**63 - 1)}
+    "dropout beta_start beta_end ema_decay eta": (0, 1), "timesteps": (2, 10**5),
+    "seed": (0, 2**63 - 1)}
 def flag_of(name):
     """How a field is called on the command line."""
     return "-n" if name == "n" else "--" + name.removeprefix("ddim_").replace("_", "-")
@@ -149,7 +150,6 @@ PRESETS = {
                    log_every=50, sample_every=500, ckpt_every=500)}  # ten minutes on two CPU cores
 
 # 1. The diffusion process -------------------------------------------------------------------------
-#
 # The paper counts steps 1..T and calls the clean picture x_0. Here, as in the released code, t runs
 # over 0..T-1, so that it indexes a table and is what the network is fed: t here is t + 1 in the
 # paper, alpha_bars[t] is its alpha_bar_{t+1}, and x_t with t = 0 already holds a little noise.
@@ -228,7 +228,7 @@ class Diffusion(nn.Module):
         eta = 0 adds no noise, 1 in all T steps is Algorithm 2 with beta~_t. UserError elsewhere."""
         if not (1 <= steps <= self.timesteps and 0 <= eta <= 1):
             raise UserError(f"--steps {steps} --eta {eta}: use 1 to {self.timesteps}, and 0 to 1")
-        times = torch.linspace(self.timesteps - 1, 0, steps).round().int().tolist()
+        times = np.linspace(self.timesteps - 1, 0, steps).round().astype(int).tolist()
         signal = F.pad(self.sqrt_alpha_bars, (0, 1), value=1.0)  # at -1, after the last step, 1
         spread = F.pad(self.sqrt_one_minus_alpha_bars, (0, 1))  # and no noise
         x_t = next(noise)
@@ -249,10 +249,8 @@ class Diffusion(nn.Module):
         for t in range(self.timesteps):
             x_t = self.q_sample(x_0, t, next(noise))
             p, predicted = self.p_step(model, x_t, t)
-            if t > 0:
-                nats = kl_divergence(self.q_posterior(x_0, x_t, t), p)
-            else:
-                nats = -discretised_log_likelihood(x_0, p)
+            q = self.q_posterior(x_0, x_t, t)
+            nats = kl_divergence(q, p) if t > 0 else -discretised_log_likelihood(x_0, p)
             yield nats.mean((1, 2, 3)) / math.log(2), (predicted - x_0).square().mean((1, 2, 3))
         q = Normal(self.sqrt_alpha_bars[-1] * x_0, self.sqrt_one_minus_alpha_bars[-1])
         nats = kl_divergence(q, Normal(torch.zeros_like(x_0), 1))  # L_T
@@ -280,7 +278,6 @@ def noise_for(shape, device, seed, first=0):
         yield from torch.stack(draws, 1)
 
 # 2. The network -----------------------------------------------------------------------------------
-#
 # Appendix B as released, oddities and all, with the parameter names of the published weights.
 # `h` is a feature map, `width` a number of channels.
 def sinusoidal_embedding(t, dim):
@@ -526,9 +523,8 @@ def epoch_order(n, seed, epoch):
     return torch.randperm(n, generator=generator).tolist()
 
 def training_batches(pictures, config, step, passes=1):
-    """This process's batches from a training step on, for ever: uint8 (B / passes, C, H, W).
-    Picture k of a run is number k % n of epoch k // n: it can be resumed anywhere, by any number
-    of processes. `pictures` is a tensor of them, or a Pictures to stream."""
+    """This process's batches, uint8 (B / passes, C, H, W), of a tensor or a Pictures, for ever.
+    Picture k of a run is number k % n of epoch k // n, whatever the number of processes."""
     n, size = len(pictures), config.batch_size // passes
     def groups():
         for i in itertools.count(step * passes + RANK, WORLD):
@@ -743,6 +739,12 @@ def train(config, out, device, dtype, checkpoint=None, signals=()):
     data = training_batches(pictures, config, first, passes)
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(pictures):,} pictures"
     say(f"{size}, {device.type} in {dtype or torch.float32}, run folder {out}\n{config}")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = sqlite3.connect(out / f".lock-{RANK}", timeout=0)  # held as long as the process lives
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError:
+        raise UserError(f"another program trains in {out}: name another --out")
     replace_file(out / "log.csv", lambda file: file.write_text(log))
 
     total_loss, logged, notes = torch.zeros((), device=device), first, []
@@ -949,8 +951,7 @@ def inception_score(probabilities, splits=10):
     return np.mean(scores), np.std(scores)
 
 def eval_command(args):
-    """`eval`: the bound and Fig. 5 (Sec. 4.3); or FID against the training set and Inception Score,
-    of new samples or of the pictures in a folder."""
+    """`eval`: the bound and Fig. 5 (Sec. 4.3); FID and Inception Score of new or given samples."""
     metrics = args.metrics or (["fid", "is"] if args.samples else ["bpd"])
     if "bpd" in metrics:
         print_bound(args)
@@ -1095,6 +1096,5 @@ def main(argv=None):
         return 128 + signal.SIGINT
     print("error:", " ".join(message.split()), file=sys.stderr)  # torchvision's have several lines
     return 2
-
 if __name__ == "__main__":
     sys.exit(main())
