@@ -543,8 +543,8 @@ def some_pictures(data, config, n, seed):
 # 4. Devices and files -----------------------------------------------------------------------------
 def pick_device(name, amp):
     """(device, dtype) of --device and --amp; dtype None is float32. UserError if not to be had."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    best = found.type if found else "cpu"
+    found = torch.accelerator.is_available()
+    best = torch.accelerator.current_accelerator().type if found else "cpu"
     name = best if name in ("auto", None) else name
     if name not in ("cpu", best):
         raise UserError(f"--device {name}: torch finds none on this machine, use auto or cpu")
@@ -959,9 +959,9 @@ def eval_command(args):
         return
     inception = load_inception(args.inception_weights, pick_device(args.device, args.amp)[0])
     if args.samples:
-        samples, made = Pictures(args.samples, PRESETS["tiny"]), f"pictures of {args.samples}"
+        samples = Pictures(os.path.abspath(args.samples), Config())
         samples.config = config = Config(image_size=min(Image.open(samples.items[0]).size))
-        batches = samples.in_order("features of samples")
+        batches, made = samples.in_order("features of samples"), f"pictures of {args.samples}"
     else:
         model, diffusion, config, _ = load_network(args)
         made, n = f"samples in {args.ddim_steps or config.timesteps} steps", args.n or 50_000
@@ -1008,7 +1008,7 @@ def add_command(group, run, name, flags, **options):
     parser = group.add_parser(name, help=about, description=about, allow_abbrev=False)
     parser.set_defaults(run=run)
     source = inspect.getsource(Config) + inspect.getsource(Options)
-    for field in map(FLAGS.get, flags):
+    for field in map(FLAGS.get, flags.split()):
         said = re.search(rf"    {field.name}: .* = .*  # (.*)", source)
         how = {"type": field.type, "choices": CHOICES.get(field.name)}
         if field.type is tuple:
@@ -1061,24 +1061,23 @@ def main(argv=None):
         stream.reconfigure(errors="backslashreplace")  # not every name can be printed everywhere
     parser = Parser(prog="ddpm.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    flags = [*Config.__dataclass_fields__, "device", "out"]
+    flags = " ".join(Config.__dataclass_fields__) + " device out"
     train = add_command(commands, train_command, "train", flags, default=None)
     start = train.add_mutually_exclusive_group()
     start.add_argument("--preset", choices=PRESETS, help="[cifar10 with an accelerator, else tiny]")
     start.add_argument("--resume", action="store_true", help="the run in --out, or the newest")
     start.add_argument("--init-from", metavar="CKPT", help="fine-tune the weights of a checkpoint")
-    network = "ckpt seed device amp compile"
-    sampling = f"{network} n batch_size ddim_steps eta gif individual out"
-    add_command(commands, sample_command, "sample", sampling.split())
-    scored = f"{network} n batch_size ddim_steps eta data samples inception_weights"
-    evaluate = add_command(commands, eval_command, "eval", scored.split())
+    network, sampling = "ckpt seed device amp compile", "n batch_size ddim_steps eta"
+    add_command(commands, sample_command, "sample", f"{network} {sampling} gif individual out")
+    scored = f"{network} {sampling} data samples inception_weights"
+    evaluate = add_command(commands, eval_command, "eval", scored)
     evaluate.add_argument("--metrics", nargs="+", choices=("bpd", "fid", "is"), help="[bpd]")
     evaluate.set_defaults(amp="off", n=None)  # float32, for figures to compare with a paper's
     show = commands.add_parser("show", help=show_command.__doc__)
     figures = show.add_subparsers(required=True, metavar="FIGURE", dest="figure")
-    add_command(figures, show_command, "forward", ["data", "n", "seed", "out"])
-    add_command(figures, show_command, "progressive", f"{network} n out".split())
-    add_command(figures, show_command, "interpolate", f"{network} data out".split())
+    add_command(figures, show_command, "forward", "data n seed out").set_defaults(n=4)
+    add_command(figures, show_command, "progressive", f"{network} n out").set_defaults(n=4)
+    add_command(figures, show_command, "interpolate", f"{network} data out")
     try:
         args = parser.parse_args(argv)
         for name, value in vars(args).items():

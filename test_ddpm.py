@@ -7,6 +7,7 @@ integration, brute force.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -539,6 +540,43 @@ def test_published_weights_are_the_same_network_here():
     assert run("train", "--init-from", "weights", *flags) == 0
     assert same(ckpt("tuned")["ema"], weights)
 
+def safetensors(tensors, **changes):
+    """A .safetensors file, as bytes, with changes to what its header says of conv_in.bias."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        numbers = tensor.numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape),
+                        "data_offsets": [len(data), len(data) + len(numbers)]}
+        data += numbers
+    header["conv_in.bias"] |= changes
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+def test_safetensors_are_taken_before_the_other_file_and_give_the_same_network():
+    weights = published("weights").state_dict()
+    doubled = {name: 2 * weight for name, weight in weights.items()}
+    path = Path("weights/diffusion_pytorch_model.safetensors")
+    path.write_bytes(safetensors(doubled))
+    assert same(dict(ddpm.load("weights")[0].state_dict()), doubled)
+    Path("weights/diffusion_pytorch_model.bin").unlink()
+    assert same(dict(ddpm.load("weights")[0].state_dict()), doubled)
+
+@pytest.mark.parametrize("damage", [
+    lambda weights: safetensors(weights)[:-4], lambda weights: safetensors(weights)[:100],
+    lambda weights: b"", lambda weights: (2**60).to_bytes(8, "little") + b"{}",
+    lambda weights: b"\x02" + bytes(7) + b"[]",
+    lambda weights: safetensors(weights, dtype="Q9"), lambda weights: safetensors(weights, shape=[7]),
+    lambda weights: safetensors(weights, data_offsets=[0, 512]),
+    lambda weights: safetensors(weights, data_offsets=[512, 0]),
+    lambda weights: safetensors(weights, data_offsets=[0, 2**60]),
+    lambda weights: safetensors(weights, data_offsets=["a", None]),
+], ids=range(11))
+def test_damaged_safetensors_are_one_line(damage, capsys):
+    weights = published("weights").state_dict()
+    Path("weights/diffusion_pytorch_model.safetensors").write_bytes(damage(weights))
+    error = one_line_error(capsys, "sample", "--ckpt", "weights", *CPU)
+    assert "weights is damaged" in error
+
 @pytest.mark.parametrize("field, value", [
     ("norm_eps", 1e-5), ("downsample_padding", 1), ("flip_sin_to_cos", True),
     ("attention_head_dim", 8), ("freq_shift", "left out"), ("block_out_channels", [64, 128]),
@@ -859,12 +897,21 @@ def test_what_can_not_be_written_for_a_moment_is_said_and_the_run_goes_on(monkey
             return write(*args, **options)
         return wrapped
 
+    def skipping_the_first(replace):
+        calls = []
+        return lambda *args, **how: replace(*args, **how) if calls else calls.append(1)
+
     flags = ["--data", folder_of_shapes(2), *FAST, "--ckpt-every", 2, "--sample-every", 2]
+    assert run("train", *flags, "--steps", 1, "--out", "run") == 0
     monkeypatch.setattr(torch, "save", failing_once(torch.save, "checkpoint"))
     monkeypatch.setattr(Image.Image, "save", failing_once(Image.Image.save, "grid"))
-    assert run("train", *flags, "--steps", 4, "--out", "run") == 0
+    monkeypatch.setattr(os, "fsync", failing_once(os.fsync, "row"))
+    monkeypatch.setattr(ddpm, "replace_file", skipping_the_first(ddpm.replace_file))
+    assert run("train", "--resume", "--steps", 4, "--out", "run", *CPU) == 0
     out = capsys.readouterr().out
-    assert failed == ["checkpoint", "grid"] and "no checkpoint now" in out and "no grid now" in out
+    assert sorted(failed) == ["checkpoint", "grid", "row"]
+    assert all(f"no {name} now" in out for name in failed)
+    assert [row[0] for row in log_rows("run")] == ["1", "2", "4"]
     assert ckpt("run")["step"] == 4 and Path("run/step-000004.png").exists()
     assert not Path("run/step-000002.png").exists()
 
@@ -902,6 +949,16 @@ def test_a_checkpoint_of_an_accelerator_goes_on_and_is_sampled_without_one(train
     with pytest.raises(RuntimeError, match="CUDA"):
         ckpt(trained)
     assert run("sample", "-n", 1, *CPU) == 0
+    assert run("train", "--resume", "--steps", 4, *CPU) == 0 and ckpt(trained)["step"] == 4
+
+def test_a_checkpoint_in_another_order_of_memory_is_the_same_checkpoint(trained):
+    state = ckpt(trained)
+    moments = [moment for part in state["optimizer"]["state"].values() for moment in part.values()]
+    for tensor in (*state["model"].values(), *state["ema"].values(), *moments):
+        if tensor.dim() == 4:
+            tensor.data = tensor.contiguous(memory_format=torch.channels_last)
+    assert not state["model"]["conv_in.weight"].is_contiguous()
+    torch.save(state, trained / "ckpt.pt")
     assert run("train", "--resume", "--steps", 4, *CPU) == 0 and ckpt(trained)["step"] == 4
 
 def test_a_run_goes_on_in_another_precision(trained):
@@ -1001,6 +1058,15 @@ def test_sample_takes_the_newest_run_or_the_one_asked_for(trained):
         assert run("sample", *checkpoint, "-n", 1, *CPU, "--out", f"{name}.png") == 0
     newest, file, folder, old = (Path(f"{name}.png").read_bytes() for name in asked)
     assert newest == file == folder != old
+
+def test_single_pictures_are_kept_when_sampling_is_stopped(trained, monkeypatch):
+    def stopped(*args):
+        yield 0, -1, torch.zeros(2, 3, 8, 8)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ddpm, "draw", stopped)
+    assert run("sample", "-n", 4, "--individual", "--out", "some.png", *CPU) == 130
+    assert sorted(path.name for path in Path("some").iterdir()) == ["000000.png", "000001.png"]
 
 def test_load_gives_the_average_or_the_weights_themselves_ready_to_sample(trained):
     checkpoint = ckpt(trained)
@@ -1123,6 +1189,128 @@ def test_eval_measures_bits_per_dim_on_test_pictures_and_they_fall_with_training
     again, _ = bits_in(capsys.readouterr().out)
     assert again["total"] == pytest.approx(parts["total"], abs=1e-3)
 
+def moments(mean, std, n=500):
+    """Features (n, 3) that have exactly this mean and these standard deviations, uncorrelated."""
+    x = torch.randn(n, 3, dtype=torch.float64)
+    x = torch.linalg.qr(x - x.mean(0))[0] * math.sqrt(n - 1)
+    return (x * torch.tensor(std) + torch.tensor(mean)).float()
+
+def test_frechet_distance_of_two_gaussians_is_its_closed_form():
+    a, b = moments([0.0, 1.0, 2.0], [1.0, 2.0, 3.0]), moments([0.5, 1.0, 1.0], [1.5, 1.0, 3.0], 900)
+    expected = 0.5**2 + 1 + 0.5**2 + 1  # means, and standard deviations: both apart
+    assert ddpm.frechet_distance(a, b) == pytest.approx(expected, rel=1e-4)
+    assert ddpm.frechet_distance(b, a) == pytest.approx(expected, rel=1e-4)
+
+def test_frechet_distance_of_a_set_with_itself_is_nothing_also_with_few_pictures():
+    for n, width in ((1000, 8), (20, 100)):  # fewer pictures than features: singular
+        features = torch.randn(n, width) * 3 + 1
+        assert abs(ddpm.frechet_distance(features, features)) < 1e-3
+
+def test_inception_score_of_sure_of_clueless_and_of_other_answers():
+    classes = torch.eye(10).repeat(20, 1)  # each picture surely of a class, all equally often
+    assert ddpm.inception_score(classes) == pytest.approx((10, 0), abs=1e-6)
+    assert ddpm.inception_score(torch.full((200, 10), 0.1)) == pytest.approx((1, 0), abs=1e-6)
+    p = torch.rand(50, 7).softmax(1)
+    scores = []
+    for part in p.view(5, 10, 7).double().numpy():
+        mean = part.mean(0)
+        kl = sum(sum(x * math.log(x / m) for x, m in zip(row, mean)) for row in part) / 10
+        scores.append(math.exp(kl))
+    expected = (np.mean(scores), np.std(scores))
+    assert ddpm.inception_score(p, splits=5) == pytest.approx(expected, rel=1e-6)
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    """Random weights in the layout of the published file, which can't be had without a network."""
+    torch.manual_seed(0)
+    net = ddpm.models.Inception3(1008, aux_logits=False, init_weights=False)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(net.state_dict(), path)
+    return path
+
+def test_inception_pools_without_its_padding_and_its_last_block_takes_the_maximum(
+        inception_file, monkeypatch):
+    built, seen = [], {}
+    original = ddpm.models.Inception3
+    monkeypatch.setattr(ddpm.models, "Inception3",
+                        lambda *args, **how: built.append(original(*args, **how)) or built[0])
+    inception = ddpm.load_inception(inception_file)
+    pools = {"Mixed_5c": "average", "Mixed_6e": "average", "Mixed_7b": "average", "Mixed_7c": "max"}
+    for name in pools:
+        block = getattr(built[0], name)
+        block.register_forward_pre_hook(lambda block, x, name=name: seen.update({name: [x[0]]}))
+        block.branch_pool.conv.register_forward_pre_hook(
+            lambda layer, x, name=name: seen[name].append(x[0]))
+    pictures = torch.randint(256, (2, 1, 40, 40), dtype=torch.uint8)
+    features, probabilities = inception(pictures)
+    assert features.shape == (2, 2048) and probabilities.shape == (2, 1008)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(2))
+    torch.testing.assert_close(inception(pictures.expand(2, 3, 40, 40))[0], features)  # grey
+    for name, kind in pools.items():
+        x, pooled = seen[name][:2]
+        windows = nn.functional.unfold(nn.functional.pad(x, (1, 1, 1, 1), value=math.nan), 3)
+        windows = windows.view(2, x.shape[1], 9, -1)
+        expected = windows.nanmean(2) if kind == "average" else windows.nan_to_num(-1e9).amax(2)
+        torch.testing.assert_close(pooled.flatten(2), expected)
+
+def test_eval_scores_new_samples_and_pictures_on_disk(trained, inception_file, capsys):
+    weights = ["--inception-weights", inception_file, *CPU]
+    assert run("eval", "--metrics", "fid", "is", "-n", 6, "--batch-size", 4, *weights) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^FID \S+ of 6 samples in 5 steps against 3 training pictures of 'images'",
+                     out, re.M)
+    assert re.search(r"^Inception Score \S+ \+- \S+ of 6 samples", out, re.M)
+    assert "too high" in out and "bits/dim" not in out
+    shutil.rmtree("runs")  # a folder of pictures needs no checkpoint
+    for i in range(3):  # as large as they are learned, so that they are read as they are
+        picture = pictures_of("images", 8)[i].transpose(1, 2, 0)
+        Path("small").mkdir(exist_ok=True)
+        Image.fromarray(picture).save(f"small/{i}.png")
+    assert run("eval", "--samples", "small", "--data", "images", "--metrics", "fid", *weights) == 0
+    fid = re.search(r"^FID (\S+) of 3 pictures of small", capsys.readouterr().out, re.M)[1]
+    assert abs(float(fid)) < 1e-2  # a set with itself
+
+def test_inception_weights_that_cannot_be_had_are_one_line(trained, monkeypatch, capsys):
+    def no_network(*args, **how):
+        raise OSError("<urlopen error no network>")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    torch.save({"other": torch.ones(1)}, "other.pth")
+    for flags in ([], ["--inception-weights", "other.pth"], ["--inception-weights", "none.pth"]):
+        error = one_line_error(capsys, "eval", "--metrics", "is", *flags, *CPU)
+        assert "pt_inception-2015-12-05-6726825d.pth" in error and "--inception-weights" in error
+
+# An accelerator that is not there
+
+@pytest.mark.skipif(not torch.version.cuda, reason="needs a PyTorch that is built for CUDA")
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_nothing_is_computed_across_devices():
+    """On a fake CUDA device, which knows where each tensor is. (Gradients need a real one.)"""
+    fake, cuda = torch._subclasses.fake_tensor.FakeTensorMode(), torch.device("cuda")
+    with fake, cuda:
+        model, average = (ddpm.UNet(8, 3, 32, (1, 2), 1, (4,), 0.1) for _ in range(2))
+        diffusion = ddpm.Diffusion()
+    ema = ddpm.EMA(nn.Linear(1, 1), 0.9)
+    with fake:
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        net = ddpm.in_precision(model, cuda, torch.bfloat16)
+        x_0 = ddpm.to_unit(torch.zeros(2, 3, 8, 8, dtype=torch.uint8).to(cuda))
+        loss = diffusion.loss(net, x_0)
+        for weights in model.parameters():
+            weights.grad = torch.zeros_like(weights)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.model = average.requires_grad_(False)
+        ema.update(model, 3)
+        net = ddpm.in_precision(average, cuda, torch.bfloat16)
+        zeros = (torch.zeros(2, 3, 8, 8, device=cuda) for _ in itertools.count())
+        chains = (diffusion.sample(net, zeros), diffusion.sample_ddim(net, zeros, 4, 0.5),
+                  diffusion.bits_per_dim(net, x_0, zeros))
+        found = [loss, *(tensor for chain in chains for _, *tensors in itertools.islice(chain, 3)
+                         for tensor in tensors)]
+    assert len(found) == 1 + 3 * 2 + 3 * 2 + 3
+    assert all(tensor.device.type == "cuda" and tensor.dtype == torch.float32 for tensor in found)
+
 # The command line
 
 MISTAKES = [
@@ -1235,9 +1423,10 @@ def test_running_out_of_memory_names_the_flags_that_help(trained, monkeypatch, c
 
 # The program in processes of its own, as a user starts it
 
-def program(*args):
+def program(*args, **options):
     command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, **options)
 
 def wait_for(condition, process):
     """Until it holds; a process that has ended before is a failure."""
@@ -1289,13 +1478,15 @@ def test_a_signal_saves_and_says_how_to_go_on(name):
     assert ckpt("runs/images")["step"] == step + 1
 
 @needs_signals
-def test_a_run_killed_at_any_moment_goes_on_and_logs_each_step_once():
+def test_a_run_alone_has_its_folder_and_killed_at_any_moment_goes_on(capsys):
     args = ["train", "--data", folder_of_shapes(3), *FAST, "--log-every", 1, "--ckpt-every", 1]
     for resume, more in (([], 0), (["--resume"], 17)):
         before = logged_steps("run")
         running = program(*args, "--out", "run", "--steps", 100_000, *resume)
         wait_for(lambda: logged_steps("run") > before + more, running)
         wait_for(lambda: Path("run/ckpt.pt").exists(), running)
+        error = one_line_error(capsys, "train", "--resume", "--out", "run", *CPU)
+        assert "another program trains in run" in error
         running.kill()
         _, err = running.communicate(timeout=60)
         assert running.returncode == -signal.SIGKILL and err == ""
@@ -1304,12 +1495,31 @@ def test_a_run_killed_at_any_moment_goes_on_and_logs_each_step_once():
     assert [int(row[0]) for row in log_rows("run")] == list(range(1, step + 3))
     assert [path.name for path in Path("run").glob("*ckpt*")] == ["ckpt.pt"]
 
+@needs_signals
+def test_a_signal_to_the_whole_group_saves_although_workers_read_the_pictures():
+    picture = Path(folder_of_shapes(1), "0.png").read_bytes()
+    for i in range(512):
+        Path(f"images/{i}.png").write_bytes(picture)
+    flags = ["--data", "images", *FAST, "--log-every", 1, "--cache-gb", 0, "--workers", 2]
+    running = program("train", *flags, "--steps", 100_000, start_new_session=True)
+    wait_for(lambda: logged_steps("runs/images") > 2, running)
+    os.killpg(running.pid, signal.SIGTERM)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM and "Traceback" not in err
+    assert ckpt("runs/images")["step"] > 2
+
+def test_two_programs_that_sample_at_once_choose_two_names(trained):
+    running = [program("sample", "-n", 1, "--seed", seed, *CPU) for seed in (0, 1)]
+    outs = [process.communicate(timeout=100)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert sorted(re.findall(r"samples-(\d+).png", "".join(outs))) == ["000", "001"]
+    assert all(path.stat().st_size > 0 for path in trained.glob("samples*"))
+
 def torchrun(*args):
     """The program in two processes, as torchrun starts them."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*launcher, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 @pytest.mark.skipif(os.name == "nt", reason="torchrun needs libuv, which torch lacks on Windows")
 def test_two_processes_train_as_one_does_and_both_end_with_an_error():
