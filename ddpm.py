@@ -75,7 +75,7 @@ def progress(items, what, total, first=0, notes=()):
             shown, pace = now, (now - start) / (done - first)
             left = timedelta(seconds=round(pace * (total - done)))
             end = "" if terminal and done < total else "\n"
-            say(f"{what} {done}/{total}  {'  '.join(notes)}  {left} left", end)
+            say("  ".join([f"{what} {done}/{total}", *notes, f"{left} left"]), end)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -580,8 +580,8 @@ def replace_file(path, write, essential=True):
     except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's when the disk is full
         temporary.unlink(missing_ok=True)
         if essential:
-            raise UserError(f"can't write {path} ({error})")
-        say(f"can't write {path} ({error}): the run continues without")
+            raise UserError(f"can't write {path}: is the disk full? {error}")
+        say(f"can't write {path}: is the disk full? {error}; going on without")
 
 # The authors' weights are published in the diffusers library's layout; config.json must say this:
 PUBLISHED = {"act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-6, "downsample_padding": 0,
