@@ -580,8 +580,8 @@ def replace_file(path, write, essential=True):
     except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's when the disk is full
         temporary.unlink(missing_ok=True)
         if essential:
-            raise UserError(f"can't write {path}: is the disk full? {error}")
-        say(f"can't write {path}: is the disk full? {error}; going on without")
+            raise UserError(f"can't write {path} (a full disk?): {error}")
+        say(f"can't write {path} (a full disk?): {error}")
 
 # The authors' weights are published in the diffusers library's layout; config.json must say this:
 PUBLISHED = {"act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-6, "downsample_padding": 0,
@@ -739,12 +739,6 @@ def train(config, out, device, dtype, checkpoint=None, signals=()):
     data = training_batches(pictures, config, first, passes)
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(pictures):,} pictures"
     say(f"{size}, {device.type} in {dtype or torch.float32}, run folder {out}\n{config}")
-    out.mkdir(parents=True, exist_ok=True)
-    lock = sqlite3.connect(out / f".lock-{RANK}", timeout=0)  # held as long as the process lives
-    try:
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError:
-        raise UserError(f"another program trains in {out}: name another --out")
     replace_file(out / "log.csv", lambda file: file.write_text(log))
 
     total_loss, logged, notes = torch.zeros((), device=device), first, []
@@ -768,7 +762,7 @@ def train(config, out, device, dtype, checkpoint=None, signals=()):
         stop = over_processes(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX)
         ending = stop or done == config.steps
         saving = ending or done % config.ckpt_every == 0
-        if saving or done % config.log_every == 0:  # not each step: it waits for the device
+        if saving or done % config.log_every == 0:  # it waits for the device
             loss = over_processes(total_loss) / (done - logged)
             if not math.isfinite(loss + norm):
                 raise UserError(f"loss not finite at step {done}: --resume with a lower --lr")
@@ -1046,7 +1040,13 @@ def train_command(args):
     if WORLD > 1:  # gloo for numbers that live on the CPU; grids keep the others waiting
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=3))
-    stopped = train(config, out, device, dtype, checkpoint, note_signals())
+    out.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(sqlite3.connect(out / f".lock-{RANK}", timeout=0)) as lock:
+        try:
+            lock.execute("BEGIN EXCLUSIVE")  # it ends with the process
+        except sqlite3.OperationalError:
+            raise UserError(f"another program trains in {out}: name another --out")
+        stopped = train(config, out, device, dtype, checkpoint, note_signals())
     if WORLD > 1:  # not after an error: it would wait for the others, which torchrun ends
         time.sleep(0.1)  # torch 2.6 waits for ever for threads that need Python to end
         dist.destroy_process_group()
