@@ -1282,8 +1282,10 @@ def test_inception_weights_that_cannot_be_had_are_one_line(trained, monkeypatch,
 
 # An accelerator that is not there
 
-@pytest.mark.skipif(not torch.version.cuda or tuple(torch.__version__.split(".")[:2]) < ("2", "7"),
-                    reason="needs a PyTorch for CUDA whose fake device needs no real one: 2.7")
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
+@pytest.mark.skipif(not torch.version.cuda or TORCH < (2, 7),
+                    reason="needs a PyTorch for CUDA whose fake device needs no real one")
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_nothing_is_computed_across_devices():
     """On a fake CUDA device, which knows where each tensor is. (Gradients need a real one.)"""
