@@ -126,7 +126,7 @@ LIMITS = {  # of numbers; of others 0 to 10^9
     "image_size base_channels attention_resolutions": (1, 1024),
     "steps batch_size accumulate log_every sample_every ckpt_every n": (1, 10**9),
     "dropout beta_start beta_end ema_decay eta": (0, 1), "timesteps": (2, 10**5),
-    "channel_mults num_res_blocks": (1, 64), "workers": (0, 256), "seed": (0, 2**63 - 1)}
+    "channel_mults num_res_blocks": (1, 64), "seed": (0, 2**63 - 1)}
 def flag_of(name):
     """How a field is called on the command line."""
     return "-n" if name == "n" else "--" + name.removeprefix("ddim_").replace("_", "-")
@@ -147,7 +147,7 @@ PRESETS = {
                           variance="fixedsmall", steps=500_000, batch_size=64),
     "tiny": Config(base_channels=32, num_res_blocks=1, attention_resolutions=(8,), dropout=0.0,
                    steps=2500, batch_size=32, lr=1e-3, warmup=100, ema_decay=0.995,
-                   log_every=50, sample_every=500, ckpt_every=500)}  # ten minutes on two CPU cores
+                   sample_every=500, ckpt_every=500)}  # ten minutes on two CPU cores
 
 # 1. The diffusion process -----------------------------------------------------
 # The paper counts steps 1..T and calls the clean picture x_0. Here, as in the released code, t runs
@@ -176,7 +176,8 @@ class Diffusion(nn.Module):
         # beta~_1 is 0, of which no picture has a likelihood: the released code takes beta~_2.
         sigma[0] = posterior_variance[1].sqrt()
         tables = {
-            "betas": betas, "alpha_bars": alpha_bars, "sqrt_alpha_bars": alpha_bars.sqrt(),
+            "betas": betas, "alpha_bars": alpha_bars,
+            "sqrt_alpha_bars": alpha_bars.sqrt(),
             "sqrt_one_minus_alpha_bars": (1 - alpha_bars).sqrt(),
             "posterior_mean_x_0": alpha_bars_prev.sqrt() * betas / (1 - alpha_bars),
             "posterior_mean_x_t": alphas.sqrt() * (1 - alpha_bars_prev) / (1 - alpha_bars),
@@ -603,7 +604,7 @@ def read_safetensors(path):
 
 def read_published(folder):
     """A published folder as the dictionary that `train` saves. ValueError for another network."""
-    given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    given = json.loads((folder / "config.json").read_bytes())
     size, widths = given["sample_size"], given["block_out_channels"]
     for name, value in PUBLISHED.items():
         if given.get(name, "missing") != value:
@@ -707,8 +708,8 @@ def draw(diffusion, model, shape, seed, size, steps=None, eta=1.0):
         for t, x_t, _ in ddim or diffusion.sample(model, noise):
             yield first, t, x_t
 
-def train(config, out, device, dtype, checkpoint=None, signals=()):
-    """Algorithm 1 on the pictures of config.data; checkpoints, log.csv, samples go to folder `out`.
+def train(config, pictures, out, device, dtype, checkpoint=None, signals=()):
+    """Algorithm 1 on a Pictures; checkpoints, log.csv and grids of samples go to the folder `out`.
     A `checkpoint` of step 0 is fine-tuned, of a later step resumed, bit for bit, as all noise is a
     function of (seed, step). Returns the signal that ended it, or 0. UserError if it diverges."""
     passes = math.lcm(config.accumulate, WORLD)  # each process takes as many of them
@@ -717,7 +718,7 @@ def train(config, out, device, dtype, checkpoint=None, signals=()):
     torch.manual_seed(config.seed)
     model, diffusion = build(config, device)
     ema = EMA(model, config.ema_decay)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
     first, log = 0, "step,loss,lr,grad_norm\n"
     if checkpoint:
         try:
@@ -729,11 +730,10 @@ def train(config, out, device, dtype, checkpoint=None, signals=()):
     if first:
         moments, log = checkpoint["optimizer"]["state"], checkpoint.get("log", log)
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-    ddp = functools.partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
-    net = ddp(model) if WORLD > 1 else model
+    ddp = nn.parallel.DistributedDataParallel
+    net = ddp(model, gradient_as_bucket_view=True) if WORLD > 1 else model
     net = in_precision(torch.compile(net) if config.compile else net, device, dtype)
     ema_net = in_precision(ema.model, device, dtype)
-    pictures = Pictures(config.data, config, config.data_root)
     if math.prod(config.shape(len(pictures))) <= config.cache_gb * 2**30:
         pictures = pictures.read().to(device)
     data = training_batches(pictures, config, first, passes)
@@ -999,7 +999,7 @@ class Parser(argparse.ArgumentParser):
 def add_command(group, run, name, flags, **options):
     """A parser of a command or figure that `run` runs; options: of add_argument, for all flags."""
     about = FIGURES.get(name, run).__doc__
-    parser = group.add_parser(name, help=about, description=about, allow_abbrev=False)
+    parser = group.add_parser(name, help=about, allow_abbrev=False)
     parser.set_defaults(run=run)
     source = inspect.getsource(Config) + inspect.getsource(Options)
     for field in map(FLAGS.get, flags.split()):
@@ -1033,10 +1033,11 @@ def train_command(args):
     else:
         slow = pick_device(args.device, "off")[0].type == "cpu"
         base = PRESETS[args.preset or ("tiny" if slow else "cifar10")]
-        if name.startswith(("mnist", "fashion-mnist")):
-            base = dataclasses.replace(base, channels=1, flip=name.startswith("fashion"))
+        if data.startswith(("mnist", "fashion-mnist")):  # grey, and digits can't be mirrored
+            base = dataclasses.replace(base, channels=1, flip=data[0] == "f")
     config = dataclasses.replace(base, **given)
     device, dtype = pick_device(args.device, config.amp)
+    pictures = Pictures(config.data, config, config.data_root)
     if WORLD > 1:  # gloo for numbers that live on the CPU; grids keep the others waiting
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=3))
@@ -1046,7 +1047,7 @@ def train_command(args):
             lock.execute("BEGIN EXCLUSIVE")  # it ends with the process
         except sqlite3.OperationalError:
             raise UserError(f"another program trains in {out}: name another --out")
-        stopped = train(config, out, device, dtype, checkpoint, note_signals())
+        stopped = train(config, pictures, out, device, dtype, checkpoint, note_signals())
     if WORLD > 1:  # not after an error: it would wait for the others, which torchrun ends
         time.sleep(0.1)  # torch 2.6 waits for ever for threads that need Python to end
         dist.destroy_process_group()
@@ -1059,7 +1060,7 @@ def main(argv=None):
     """The command line; returns the exit status. Mistakes are one line on stderr and status 2."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # not every name can be printed everywhere
-    parser = Parser(prog="ddpm.py", description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     flags = " ".join(Config.__dataclass_fields__) + " device out"
     train = add_command(commands, train_command, "train", flags, default=None)
@@ -1071,7 +1072,7 @@ def main(argv=None):
     add_command(commands, sample_command, "sample", f"{network} {sampling} gif individual out")
     scored = f"{network} {sampling} data samples inception_weights"
     evaluate = add_command(commands, eval_command, "eval", scored)
-    evaluate.add_argument("--metrics", nargs="+", choices=("bpd", "fid", "is"), help="[bpd]")
+    evaluate.add_argument("--metrics", nargs="+", choices=("bpd", "fid", "is"))
     evaluate.set_defaults(amp="off", n=None)  # float32, for figures to compare with a paper's
     show = commands.add_parser("show", help=show_command.__doc__)
     figures = show.add_subparsers(required=True, metavar="FIGURE", dest="figure")

@@ -965,7 +965,9 @@ def test_a_run_goes_on_in_another_precision(trained):
     for dtype, steps in ((torch.bfloat16, 5), (None, 7)):
         checkpoint, config = ddpm.load_checkpoint(trained / "ckpt.pt", resume=True)
         config = dataclasses.replace(config, steps=steps)
-        assert ddpm.train(config, trained, torch.device("cpu"), dtype, checkpoint) == 0
+        pictures = ddpm.Pictures("images", config)
+        cpu = torch.device("cpu")
+        assert ddpm.train(config, pictures, trained, cpu, dtype, checkpoint) == 0
         assert ckpt(trained)["step"] == steps
         weights = [*ckpt(trained)["model"].values(), *ckpt(trained)["ema"].values()]
         assert {weight.dtype for weight in weights} == {torch.float32}
@@ -998,7 +1000,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another():
 def test_a_batch_that_the_processes_cannot_share_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(ddpm, "WORLD", 3)
     with pytest.raises(ddpm.UserError, match="--batch-size 128.*3 processes"):
-        ddpm.train(ddpm.Config(data="shapes"), Path("run"), torch.device("cpu"), None)
+        ddpm.train(ddpm.Config(), None, Path("run"), torch.device("cpu"), None)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("amp", ["off", "bf16"])
