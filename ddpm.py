@@ -149,7 +149,7 @@ PRESETS = {
                    steps=2500, batch_size=32, lr=1e-3, warmup=100, ema_decay=0.995,
                    sample_every=500, ckpt_every=500)}  # ten minutes on two CPU cores
 
-# 1. The diffusion process -----------------------------------------------------
+# 1. The diffusion process -----
 # The paper counts steps 1..T and calls the clean picture x_0. Here, as in the released code, t runs
 # over 0..T-1, so that it indexes a table and is what the network is fed: t here is t + 1 in the
 # paper, alpha_bars[t] is its alpha_bar_{t+1}, and x_t with t = 0 already holds a little noise.
@@ -278,7 +278,7 @@ def noise_for(shape, device, seed, first=0):
         draws = [torch.randn(ahead, *shape[1:], generator=g, device=device) for g in generators]
         yield from torch.stack(draws, 1)
 
-# 2. The network ---------------------------------------------------------------
+# 2. The network ---------------
 # Appendix B as released, oddities and all, with the parameter names of the published weights.
 # `h` is a feature map, `width` a number of channels.
 def sinusoidal_embedding(t, dim):
@@ -397,7 +397,7 @@ def build(config, device=None):
     betas = config.timesteps, config.beta_start, config.beta_end
     return UNet(**network).to(device), Diffusion(*betas, config.variance).to(device)
 
-# 3. Data ----------------------------------------------------------------------
+# 3. Data ----------------------
 def to_unit(pictures):
     """uint8, 0..255 -> float32 in [-1, 1] (Sec. 3.3)."""
     return pictures.float() / 127.5 - 1
@@ -541,7 +541,7 @@ def some_pictures(data, config, n, seed):
     found = itertools.chain.from_iterable(pictures.batches(order.split(n)))
     return torch.stack(list(itertools.islice(found, n)))  # more than one batch if some are broken
 
-# 4. Devices and files ---------------------------------------------------------
+# 4. Devices and files ---------
 def pick_device(name, amp):
     """(device, dtype) of --device and --amp; dtype None is float32. UserError if not to be had."""
     found = torch.accelerator.is_available()
@@ -667,7 +667,7 @@ def load(path="", device="cpu", ema=True):
     model.load_state_dict(checkpoint["ema" if ema else "model"])
     return model.eval().requires_grad_(False), diffusion, config
 
-# 5. Training ------------------------------------------------------------------
+# 5. Training ------------------
 class EMA:
     """A moving average of a model's weights, float32. Its decay starts low, as TensorFlow's can."""
     def __init__(self, model, decay):
@@ -784,7 +784,7 @@ def train(config, pictures, out, device, dtype, checkpoint=None, signals=()):
             replace_file(out / f"step-{done:06}.png", grid(samples).save, essential=False)
     return 0
 
-# 6. Samples and figures -------------------------------------------------------
+# 6. Samples and figures -------
 def reserve(path):
     """Makes an empty file for the result to replace; OSError if something is there already."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -878,7 +878,7 @@ def show_command(args):
     replace_file(out, grid(to_uint8(pictures), len(columns)).save)
     say(f"wrote {out}, {text}")
 
-# 7. Evaluation ----------------------------------------------------------------
+# 7. Evaluation ----------------
 def print_bound(args):
     """The variational bound in bits/dim, its parts (Sec. 4.3), and Fig. 5 in ten rows."""
     model, diffusion, config, _ = load_network(args)
@@ -976,7 +976,7 @@ def eval_command(args):
         mean, deviation = inception_score(probabilities)
         say(f"Inception Score {mean:.3f} +- {deviation:.3f} of {made}")
 
-# 8. The command line ----------------------------------------------------------
+# 8. The command line ----------
 @dataclasses.dataclass
 class Options:
     """The flags of the commands that are no part of a run's Config."""
