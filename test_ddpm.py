@@ -42,6 +42,7 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a mac
 def seeded_and_in_a_folder_of_its_own(tmp_path, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
+    ddpm.say_once.cache_clear()
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in ddpm.STOPPING}
     yield  # a program that is started here does not inherit that it ignores Ctrl-C
     for number, handler in handlers.items():
@@ -663,6 +664,17 @@ def test_broken_files_are_skipped_and_named_and_others_are_not_looked_at(capsys)
     out = capsys.readouterr().out
     assert out.count("skipped a broken picture") == 3 and "5 pictures" in out
     assert all(name in out for name in ("cut.PNG", "empty.jpg", "words.png"))
+
+@pytest.mark.parametrize("data", [
+    b"DDS " + (124).to_bytes(4, "little") + bytes(range(120)),
+    b"BLP2" + bytes([1, 0, 0, 0, 9, 9, 9, 9]) + (8).to_bytes(4, "little") * 2 + bytes(300),
+    b"BLP1" + bytes(20), b"\0\0\0 ftypavif" + bytes(40), b"II*\0\x08\0\0\0\xff\xff" + bytes(30),
+    b"GIF89a" + bytes(7), b"RIFF\x40\0\0\0WEBPVP8 " + bytes(60), b"P6 9999999999 1 255 ",
+], ids=["dds", "blp2", "blp1", "avif", "tiff", "gif", "webp", "ppm"])
+def test_damaged_content_of_any_kind_is_a_broken_picture(data, capsys):
+    Path(folder_of_shapes(1), "1.png").write_bytes(data)
+    assert pictures_of("images", 8)[1] is None and pictures_of("images", 8)[0] is not None
+    assert "skipped a broken picture, 'images" in capsys.readouterr().out
 
 def test_a_folder_of_nothing_but_broken_files_is_refused(capsys):
     Path("images").mkdir()
