@@ -688,7 +688,7 @@ def note_signals():
     A second Ctrl-C ends the program, unless torchrun is there, which repeats the first."""
     noted = []
     def note(number, frame):
-        if number == signal.SIGINT in noted and WORLD == 1:
+        if noted and number == signal.SIGINT and WORLD == 1:
             os._exit(128 + number)
         noted.append(number)
         with contextlib.suppress(OSError):  # the terminal may be gone
