@@ -24,7 +24,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import inspect
 import itertools
 import json
 import math
@@ -546,7 +545,7 @@ def pick_device(name, amp):
     """(device, dtype) of --device and --amp; dtype None is float32. UserError if not to be had."""
     found = torch.accelerator.is_available()
     best = torch.accelerator.current_accelerator().type if found else "cpu"
-    name = best if name in ("auto", None) else name
+    name = best if name == "auto" else name
     if name not in ("cpu", best):
         raise UserError(f"--device {name}: torch finds none on this machine, use auto or cpu")
     if name == "cuda":
@@ -991,6 +990,8 @@ class Options:
     inception_weights: str = ""  # the file of Inception's weights, if it can't be fetched
     out: str = ""  # the PNG or the run's folder to write
 FLAGS = Config.__dataclass_fields__ | Options.__dataclass_fields__
+HELP = dict(re.findall(r"^    (\w+): \w+ = .*  # (.*)",  # the comments beside the fields
+                       Path(__file__).read_text(), re.M))
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose complaints are one line, as all others of this program."""
     def error(self, message):
@@ -1001,16 +1002,14 @@ def add_command(group, run, name, flags, **options):
     about = FIGURES.get(name, run).__doc__
     parser = group.add_parser(name, help=about, allow_abbrev=False)
     parser.set_defaults(run=run)
-    source = inspect.getsource(Config) + inspect.getsource(Options)
     for field in map(FLAGS.get, flags.split()):
-        said = re.search(rf"    {field.name}: .* = .*  # (.*)", source)
         how = {"type": field.type, "choices": CHOICES.get(field.name)}
         if field.type is tuple:
             how = {"type": int, "nargs": "*"}
         elif field.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
         how |= {"dest": field.name, "default": field.default}
-        how["help"] = f"{said[1]} [{field.default}]"
+        how["help"] = f"{HELP[field.name]} [{field.default}]"
         parser.add_argument(flag_of(field.name), **how | options)
     return parser
 
@@ -1064,6 +1063,7 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     flags = " ".join(Config.__dataclass_fields__) + " device out"
     train = add_command(commands, train_command, "train", flags, default=None)
+    train.set_defaults(device="auto")  # all others are None unless given
     start = train.add_mutually_exclusive_group()
     start.add_argument("--preset", choices=PRESETS, help="[cifar10 with an accelerator, else tiny]")
     start.add_argument("--resume", action="store_true", help="the run in --out, or the newest")
