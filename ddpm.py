@@ -24,6 +24,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -46,7 +47,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.distributions import Distribution, Normal, kl_divergence
+from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets, models, utils
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 Distribution.set_default_validate_args(False)  # a check makes the host wait for the GPU
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
@@ -55,8 +58,7 @@ STOPPING = [number for number in signal.Signals if number.name in ("SIGINT", "SI
 class UserError(Exception):
     """A mistake that the user can mend. It is printed as one line; the exit status is 2."""
 def say(text, end="\n"):
-    """Prints a line, over the progress line in a terminal; of several processes the first does.
-    A terminal or a pipe that is gone must not end a run: what follows is printed into nothing."""
+    """Prints a line, in a terminal over the progress line; into nothing if its reader is gone."""
     try:
         if RANK == 0:
             print("\r\x1b[K" + text if sys.stdout.isatty() else text, end=end, flush=True)
@@ -87,8 +89,6 @@ class Config:
     attention_resolutions: tuple = (16,)  # feature map sizes with self-attention
     dropout: float = 0.1  # dropout inside the residual blocks
     timesteps: int = 1000  # T, the number of noising steps
-    beta_start: float = 1e-4  # noise variance of the first step, for T = 1000
-    beta_end: float = 0.02  # noise variance of the last step, for T = 1000
     variance: str = "fixedlarge"  # reverse variance, beta or (fixedsmall) the posterior's
     steps: int = 800_000  # optimiser steps in all
     batch_size: int = 128  # pictures in an optimiser step, or computed at a time
@@ -102,7 +102,6 @@ class Config:
     amp: str = "auto"  # mixed precision
     compile: bool = False  # torch.compile: slow at first, then faster; for CUDA
     data: str = ""  # a folder of pictures, or shapes, mnist, cifar10, cifar10/ship, ...
-    data_root: str = "data"  # where the named sets are kept, and downloaded to once
     cache_gb: float = 4.0  # larger sets stream from disk, others stay in memory
     workers: int = 4  # processes that read pictures
     log_every: int = 100  # steps between rows of log.csv
@@ -117,28 +116,22 @@ class Config:
         """Of n pictures: (n, C, H, W)."""
         return n, self.channels, self.image_size, self.image_size
 
-NETWORK = ("image_size", "channels", "base_channels", "channel_mults", "num_res_blocks",
-           "attention_resolutions", "dropout")
 CHOICES = {"channels": (1, 3), "variance": ("fixedlarge", "fixedsmall"),
            "amp": ("auto", "off", "bf16"), "device": ("auto", "cuda", "mps", "cpu")}
-LIMITS = {  # of numbers; of others 0 to 10^9
-    "image_size base_channels attention_resolutions": (1, 1024),
-    "steps batch_size accumulate log_every sample_every ckpt_every n": (1, 10**9),
-    "dropout beta_start beta_end ema_decay eta": (0, 1), "timesteps": (2, 10**5),
-    "channel_mults num_res_blocks": (1, 64), "seed": (0, 2**63 - 1)}
+LIMITS = {"image_size base_channels attention_resolutions": (1, 1024), "timesteps": (2, 10**5),
+          "steps batch_size accumulate log_every sample_every ckpt_every n": (1, 10**9),
+          "channel_mults num_res_blocks": (1, 64), "channels": (1, 3), "seed": (0, 2**63 - 1),
+          "dropout ema_decay eta": (0, 1)}  # of other numbers 0 to 10^9
 def flag_of(name):
     """How a field is called on the command line."""
     return "-n" if name == "n" else "--" + name.removeprefix("ddim_").replace("_", "-")
 def check_setting(field, value):
     """UserError, which names the flag, unless the value is of the field's kind and in its range."""
-    choices, kinds = CHOICES.get(field.name), {float: (float, int), tuple: (int,)}
+    kinds = {float: (float, int), tuple: (int,)}.get(field.type, (field.type,))
     low, high = next((LIMITS[key] for key in LIMITS if field.name in key.split()), (0, 10**9))
-    for item in value if field.type is tuple else [value]:
-        fits = type(item) in kinds.get(field.type, (field.type,))
-        inside = fits and (item in choices if choices else field.type is str or low <= item <= high)
-        if not inside:  # as NaN is not, either
-            wanted = f"one of {choices}" if choices else f"from {low} to {high}"
-            raise UserError(f"{flag_of(field.name)} is {item!r:.50}: it must be {wanted}")
+    for item in value if field.type is tuple else [value]:  # NaN is in no range
+        if type(item) not in kinds or not (field.type is str or low <= item <= high):
+            raise UserError(f"{flag_of(field.name)} is {item!r:.50}: it must be {low} to {high}")
 
 PRESETS = {
     "cifar10": Config(),
@@ -154,20 +147,19 @@ PRESETS = {
 # paper, alpha_bars[t] is its alpha_bar_{t+1}, and x_t with t = 0 already holds a little noise.
 def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
     """Variances of the forward steps, beta_1..beta_T: (T,) float64, linear (Sec. 4).
-    Both ends are scaled by 1000/T. UserError if a beta is not within (0, 1), or T is below 2."""
-    first, last = (1000 / max(1, timesteps) * beta for beta in (beta_start, beta_end))
-    if timesteps < 2 or not 0 < first <= last < 1:
-        raise UserError(f"T = {timesteps} has betas {first:.3g} to {last:.3g}: more --timesteps")
-    return torch.linspace(first, last, timesteps, dtype=torch.float64)
+    Both ends are scaled by 1000/T; so that all stay below 1, a T below 21 is cut off at 0.999."""
+    betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
+    return (1000 / timesteps * betas).clamp(max=0.999)
 
 class Diffusion(nn.Module):
     """Two Markov chains: q adds noise, p_theta takes it away by a network model(x_t, t) -> eps.
     Tables over t = 0..T-1 are computed in float64 and kept as float32 buffers. `variance` is the
     reverse process's (Sec. 3.2): "fixedlarge" is beta_t, "fixedsmall" is beta~_t."""
-    def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02, variance="fixedlarge"):
+
+    def __init__(self, timesteps=1000, variance="fixedlarge"):
         super().__init__()
         self.timesteps = timesteps
-        betas = linear_beta_schedule(timesteps, beta_start, beta_end)
+        betas = linear_beta_schedule(timesteps)
         alphas, alpha_bars = 1 - betas, (1 - betas).cumprod(0)
         alpha_bars_prev = F.pad(alpha_bars[:-1], (1, 0), value=1.0)  # alpha_bar_0 = 1
         posterior_variance = betas * (1 - alpha_bars_prev) / (1 - alpha_bars)  # beta~, Eq. 7
@@ -259,9 +251,8 @@ class Diffusion(nn.Module):
 def discretised_log_likelihood(x_0, p):
     """log of the mass of the Normal p within the grey level of x_0, 2/255 wide, elementwise.
     Eq. 13: black and white are open to infinity. The tanh is the released code's normal CDF."""
-    low, high = ((x_0 + edge - p.mean) / p.stddev for edge in (-1 / 255, 1 / 255))
-    below, above = (0.5 + 0.5 * torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
-                    for z in (low, high))
+    z = (torch.stack([x_0 - 1 / 255, x_0 + 1 / 255]) - p.mean) / p.stddev
+    below, above = 0.5 + 0.5 * torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
     mass = above.masked_fill(x_0 > 0.999, 1) - below.masked_fill(x_0 < -0.999, 0)
     return mass.clamp(min=1e-12).log()
 EPOCH, STEP, PICTURE = range(3)  # what a random stream is for: tags that keep seeds apart
@@ -271,8 +262,8 @@ def seed_of(seed, *key):
 def noise_for(shape, device, seed, first=0):
     """Yields N(0, I) for ever, (B, C, H, W) = shape; picture i's is that of (seed, first + i)."""
     ahead = max(1, 2**17 // math.prod(shape[1:]))  # steps drawn at once: a GPU likes few calls
-    seeds = (seed_of(seed, PICTURE, first + i) for i in range(shape[0]))
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator(device).manual_seed(seed_of(seed, PICTURE, i))
+                  for i in range(first, first + shape[0])]
     while True:
         draws = [torch.randn(ahead, *shape[1:], generator=g, device=device) for g in generators]
         yield from torch.stack(draws, 1)
@@ -329,40 +320,38 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """eps_theta(x_t, t): the noise in x_t. x_t: (B, C, H, W) and t: (B,) -> (B, C, H, W) float32.
     A level for each of channel_mults, each half the size of the one before; or UserError."""
-    def __init__(self, image_size=32, channels=3, base_channels=128, channel_mults=(1, 2, 2, 2),
-                 num_res_blocks=2, attention_resolutions=(16,), dropout=0.1):
+
+    def __init__(self, config):
         super().__init__()
-        last = len(channel_mults) - 1  # the number of the last level
-        sizes = [image_size // 2**i for i in range(last + 1)]
-        if image_size % 2**last:
-            raise UserError(f"image size {image_size} can't be halved {last} times: "
-                            f"use a multiple of {2**last}")
-        if base_channels % 32:
-            raise UserError(f"{base_channels} base channels are no multiple of 32")
-        if not set(attention_resolutions) <= set(sizes):
-            raise UserError(f"--attention-resolutions {attention_resolutions} are not of {sizes}")
-        self.base_channels, temb = base_channels, 4 * base_channels
-        linear_1, linear_2 = nn.Linear(base_channels, temb), nn.Linear(temb, temb)
+        size, base, mults = config.image_size, config.base_channels, config.channel_mults
+        blocks, attended = config.num_res_blocks, config.attention_resolutions
+        last = len(mults) - 1  # the number of the last level
+        sizes = [size // 2**i for i in range(last + 1)]
+        if size % 2**last or base % 32 or not set(attended) <= set(sizes):
+            raise UserError(f"--image-size {size} must be a multiple of {2**last}, --base-channels "
+                            f"{base} of 32, --attention-resolutions {attended} among {sizes}")
+
+        self.base_channels, temb = base, 4 * base
+        linear_1, linear_2 = nn.Linear(base, temb), nn.Linear(temb, temb)
         self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
-        self.conv_in = nn.Conv2d(channels, base_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.channels, base, 3, padding=1)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        widths = [base_channels * mult for mult in (1, *channel_mults, channel_mults[-1])]
-        for i, attend in enumerate(size in attention_resolutions for size in sizes):
+        widths = [base * mult for mult in (1, *mults, mults[-1])]
+        for i, attend in enumerate(size in attended for size in sizes):
             before, width, after = widths[i : i + 3]  # of the levels above, here, and below
-            ways_in = [before] + [width] * (num_res_blocks - 1)
-            down = Level(ways_in, width, temb, dropout, [attend] * num_res_blocks)
-            skips = [width] * num_res_blocks + [before]  # what forward() kept on the way down
-            ways_in = [after] + [width] * num_res_blocks
-            ways_in = [w + skip for w, skip in zip(ways_in, skips)]
-            up = Level(ways_in, width, temb, dropout, [attend] * len(skips))
+            ways_in = [before] + [width] * (blocks - 1)
+            down = Level(ways_in, width, temb, config.dropout, [attend] * blocks)
+            skips = [width] * blocks + [before]  # what forward() kept on the way down
+            ways_in = [w + skip for w, skip in zip([after] + [width] * blocks, skips)]
+            up = Level(ways_in, width, temb, config.dropout, [attend] * len(skips))
             halve, double = (nn.Conv2d(width, width, 3, s, p) for s, p in ((2, 0), (1, 1)))
             down.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": halve})] if i < last else [])
             up.upsamplers = nn.ModuleList([nn.ModuleDict({"conv": double})] if i > 0 else [])
             self.down_blocks.append(down)
             self.up_blocks.insert(0, up)
-        self.mid_block = Level([width, width], width, temb, dropout, [True, False])
+        self.mid_block = Level([width, width], width, temb, config.dropout, [True, False])
         self.conv_norm_out = group_norm(widths[1])
-        self.conv_out = nn.Conv2d(widths[1], channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[1], config.channels, 3, padding=1)
         for name, weights in self.named_parameters():
             if name.endswith(("bias", "conv2.weight", "to_out.0.weight", "conv_out.weight")):
                 nn.init.zeros_(weights)  # each residual branch starts as nothing, and so does eps
@@ -392,9 +381,7 @@ class UNet(nn.Module):
 
 def build(config, device=None):
     """(UNet, Diffusion) of a Config."""
-    network = {name: getattr(config, name) for name in NETWORK}
-    betas = config.timesteps, config.beta_start, config.beta_end
-    return UNet(**network).to(device), Diffusion(*betas, config.variance).to(device)
+    return UNet(config).to(device), Diffusion(config.timesteps, config.variance).to(device)
 
 # 3. Data ----------------------
 def to_unit(pictures):
@@ -406,8 +393,7 @@ def to_uint8(x_0):
 def grid(pictures, columns=None):
     """A PIL image of pictures, uint8 (N, C, H, W), side by side; a square if not told how wide."""
     width = columns or math.ceil(len(pictures) ** 0.5)
-    tiled = utils.make_grid(pictures.cpu(), width, pad_value=255).permute(1, 2, 0)
-    return Image.fromarray(tiled.numpy())
+    return to_pil_image(utils.make_grid(pictures.cpu(), width, pad_value=255))
 def read_picture(image, size, channels):
     """The middle square of a PIL image, resized: uint8 (channels, size, size).
     Turned as its EXIF says, transparent over white, 16 bits to 8. Raises one of BROKEN."""
@@ -420,7 +406,7 @@ def read_picture(image, size, channels):
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         image = ImageOps.fit(image.convert("RGBA"), (size, size))
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
-        return np.array(image).reshape(size, size, channels).transpose(2, 0, 1)
+        return pil_to_tensor(image).numpy()
 
 class Shapes:
     """Coloured circles, squares and triangles, 10,000 a split, used like torchvision's sets."""
@@ -436,10 +422,10 @@ class Shapes:
         return image, i % 3
 def flowers(root, train, download):
     """Flowers by torchvision's ways; its own Flowers102 needs scipy to read labels and splits."""
-    folder, url = Path(root, "flowers-102"), "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
+    folder, md5 = Path(root, "flowers-102"), "52808999861908f626f3c1f4e79d11fa"
+    url = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz"
     if len(list(folder.glob("jpg/*.jpg"))) < 8189:
-        archive, md5 = url + "102flowers.tgz", "52808999861908f626f3c1f4e79d11fa"
-        datasets.utils.download_and_extract_archive(archive, folder, md5=md5)
+        datasets.utils.download_and_extract_archive(url, folder, md5=md5)
     return datasets.ImageFolder(folder)
 
 SETS = {"shapes": Shapes, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST,
@@ -453,7 +439,6 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 say_once = functools.cache(say)
 def find_pictures(folder):
     """Paths of all pictures below a folder, sorted; none of hidden folders or runs of `train`."""
-    folder = Path(folder)
     runs = {path.parent for path in folder.rglob("ckpt.pt")}
     paths = [path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS]
     paths = [path for path in paths if "/." not in f"/{path.relative_to(folder).as_posix()}"]
@@ -466,20 +451,20 @@ def ignore_signals(worker):
 class Pictures(torch.utils.data.Dataset):
     """The pictures of a folder, a named set, or one class of it. UserError if there are none.
     Item i is uint8 (C, size, size), or None, and said once, if it can't be read."""
-    def __init__(self, data, config, root="data", train=True):
+    def __init__(self, data, config, train=True):
         self.config, self.set = config, None
         name, _, label = data.partition("/")
         if name in SETS:
             try:
-                self.set = SETS[name](root, train=train, download=True)
+                self.set = SETS[name]("data", train=train, download=True)
             except (OSError, RuntimeError) as error:  # no network, or a damaged download
-                raise UserError(f"can't get {name} into {root} ({error}): try again")
+                raise UserError(f"can't get {name} into ./data ({error}): try again")
             classes = [name.lower() for name in self.set.classes]
             self.items = [i for i, target in enumerate(map(int, self.set.targets))
                           if label.lower() in ("", str(target), classes[target])]
             missing = f"{name} has no class {label!r}, it has: {', '.join(classes)}"
         else:
-            self.items = find_pictures(data) if data else []
+            self.items = find_pictures(Path(data)) if data else []
             missing = (f"--data {data!r} holds no images (looked for {' '.join(ENDINGS)}), "
                        f"nor is it one of {', '.join(SETS)}")
         if not self.items:
@@ -506,7 +491,7 @@ class Pictures(torch.utils.data.Dataset):
             yield torch.from_numpy(good.reshape(self.config.shape(len(good))))
     def in_order(self, what):
         """All pictures that can be read, batch by batch; `what` is done with them is shown."""
-        groups = torch.arange(len(self)).split(64)
+        groups = torch.arange(len(self)).split(16)
         return progress(self.batches(groups), f"{what}, batch", len(groups))
     def read(self):
         """All pictures that can be read, in order: uint8 (N, C, H, W)."""
@@ -558,8 +543,9 @@ def pick_device(name, amp):
     torch.backends.cudnn.allow_tf32 = amp != "off"  # --amp off is float32, in convolutions too
     bf16 = amp == "bf16" or (amp == "auto" and has_bf16)
     return torch.device(name), torch.bfloat16 if bf16 else None
-def in_precision(model, device, dtype):
+def in_precision(model, device, dtype, compiled=False):
     """model(x_t, t), computed in mixed precision of this dtype, or in float32 if it is None."""
+    model = torch.compile(model) if compiled else model
     def call(x_t, t):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             return model(x_t, t)
@@ -626,10 +612,11 @@ def read_published(folder):
         weights = {name.replace(f".{old}.", f".{new}."): w for name, w in weights.items()}
     return {"config": config, "step": 0, "log": "", "model": weights, "ema": weights}
 def check_tensors(tensors, shapes):
-    """ValueError unless these are tensors of these shapes, by name, and all numbers are finite."""
+    """ValueError unless these are finite tensors of these shapes, by name; repairs strides."""
     fit = {name: tensor.shape for name, tensor in tensors.items()} == shapes
     if not fit or not all(w.is_floating_point() and w.isfinite().all() for w in tensors.values()):
         raise ValueError("its weights are not finite, or not those of the network it describes")
+    tensors.update({name: tensor.contiguous() for name, tensor in tensors.items()})
 def find_checkpoint(name=""):
     """The path of a checkpoint file, of a run's folder, or of the newest run below ./runs if ""."""
     runs = [Path(name)] if name else sorted(Path("runs").rglob("ckpt.pt"), key=os.path.getmtime)
@@ -648,34 +635,28 @@ def load_checkpoint(path, resume=False):
         shapes = {name: weight.shape for name, weight in weights.items()}
         check_tensors(checkpoint["model"], shapes)
         check_tensors(checkpoint["ema"], shapes)
-        if type(step) is not int or step < 0 or type(checkpoint.get("log", "")) is not str:
+        if type(step) is not int or step < 0 or type(checkpoint["log"]) is not str:
             raise ValueError("its step is no number of steps, or its log no text")
-        state = checkpoint["optimizer"]["state"] if resume else {}
         for i, shape in enumerate(shapes.values() if resume else ()):  # Adam's kernels don't check
-            check_tensors(state[i], {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape})
-            state[i] = {name: moment.contiguous() for name, moment in state[i].items()}
+            moments = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
+            check_tensors(checkpoint["optimizer"]["state"][i], moments)
         return checkpoint, config
     except (UserError, *BROKEN) as error:
-        why = f" ({error})" if isinstance(error, (UserError, OSError, ValueError)) else ""
-        raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py{why}")
-def load(path="", device="cpu", ema=True):
-    """(UNet, Diffusion, Config) of a checkpoint, a run's folder or published weights, to sample.
-    The newest run's if no path is given; the weights' average unless `ema` is false."""
+        raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py ({error!s:.100})")
+def load(path="", device="cpu"):
+    """(averaged UNet, Diffusion, Config) of what `find_checkpoint` finds, ready to sample."""
     checkpoint, config = load_checkpoint(find_checkpoint(path))
     model, diffusion = build(config, device)
-    model.load_state_dict(checkpoint["ema" if ema else "model"])
+    model.load_state_dict(checkpoint["ema"])
     return model.eval().requires_grad_(False), diffusion, config
 
 # 5. Training ------------------
-class EMA:
-    """A moving average of a model's weights, float32. Its decay starts low, as TensorFlow's can."""
-    def __init__(self, model, decay):
-        self.decay, self.model = decay, copy.deepcopy(model).eval().requires_grad_(False)
-    @torch.no_grad()
-    def update(self, model, step):
-        """ema <- decay * ema + (1 - decay) * weights, after training step 0, 1, ..."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """ema <- decay * ema + (1 - decay) * model, their weights in float32, after step 0, 1, ..."""
+    decay = min(decay, (1 + step) / (10 + step))  # starts low, as TensorFlow's can
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
 def over_processes(tensor, op=dist.ReduceOp.SUM):
     """A tensor's number, combined with those of torchrun's other processes."""
     if WORLD > 1:
@@ -698,13 +679,15 @@ def note_signals():
     return noted
 
 def draw(diffusion, model, shape, seed, size, steps=None, eta=1.0):
-    """Samples pictures, (N, C, H, W) = shape, `size` at a time, by Algorithm 2 or DDIM in `steps`.
+    """Samples pictures, (N, C, H, W) = shape, `size` at a time: DDIM if given steps or eta below 1.
     Yields (number of the batch's first picture, t, x_t) for all states; at t = -1 it is done."""
     for first in range(0, shape[0], size):
         batch = (min(size, shape[0] - first), *shape[1:])
         noise = noise_for(batch, diffusion.betas.device, seed, first)
-        ddim = diffusion.sample_ddim(model, noise, steps, eta) if steps else None
-        for t, x_t, _ in ddim or diffusion.sample(model, noise):
+        chain = diffusion.sample(model, noise)
+        if steps or eta != 1:
+            chain = diffusion.sample_ddim(model, noise, steps or diffusion.timesteps, eta)
+        for t, x_t, _ in chain:
             yield first, t, x_t
 
 def train(config, pictures, out, device, dtype, checkpoint=None, signals=()):
@@ -716,7 +699,7 @@ def train(config, pictures, out, device, dtype, checkpoint=None, signals=()):
         raise UserError(f"--batch-size {config.batch_size} for {WORLD} processes: use n * {passes}")
     torch.manual_seed(config.seed)
     model, diffusion = build(config, device)
-    ema = EMA(model, config.ema_decay)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     first, log = 0, "step,loss,lr,grad_norm\n"
     if checkpoint:
@@ -724,15 +707,14 @@ def train(config, pictures, out, device, dtype, checkpoint=None, signals=()):
             model.load_state_dict(checkpoint["model"])
         except RuntimeError:
             raise UserError("the checkpoint is of another network: leave its flags out")
-        ema.model.load_state_dict(checkpoint["ema"])
+        ema.load_state_dict(checkpoint["ema"])
         first = checkpoint["step"]
     if first:
-        moments, log = checkpoint["optimizer"]["state"], checkpoint.get("log", log)
+        moments, log = checkpoint["optimizer"]["state"], checkpoint["log"]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-    ddp = nn.parallel.DistributedDataParallel
-    net = ddp(model, gradient_as_bucket_view=True) if WORLD > 1 else model
-    net = in_precision(torch.compile(net) if config.compile else net, device, dtype)
-    ema_net = in_precision(ema.model, device, dtype)
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
+    net = in_precision(net, device, dtype, config.compile)
+    ema_net = in_precision(ema, device, dtype)
     if math.prod(config.shape(len(pictures))) <= config.cache_gb * 2**30:
         pictures = pictures.read().to(device)
     data = training_batches(pictures, config, first, passes)
@@ -756,7 +738,7 @@ def train(config, pictures, out, device, dtype, checkpoint=None, signals=()):
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        ema.update(model, step)
+        update_ema(ema, model, config.ema_decay, step)
         done = step + 1
         stop = over_processes(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX)
         ending = stop or done == config.steps
@@ -771,9 +753,9 @@ def train(config, pictures, out, device, dtype, checkpoint=None, signals=()):
             notes[:] = [f"loss {loss:.4f}", f"lr {lr:.1e}"]
         if saving:
             state = {"config": dataclasses.asdict(config), "step": done, "log": log,
-                     "model": model.state_dict(), "ema": ema.model.state_dict(),
+                     "model": model.state_dict(), "ema": ema.state_dict(),
                      "optimizer": optimizer.state_dict()}
-            replace_file(out / "ckpt.pt", lambda file: torch.save(state, file), ending)
+            replace_file(out / "ckpt.pt", functools.partial(torch.save, state), ending)
         if stop and done < config.steps:
             return stop
         if RANK == 0 and (done % config.sample_every == 0 or ending):
@@ -785,10 +767,9 @@ def train(config, pictures, out, device, dtype, checkpoint=None, signals=()):
 
 # 6. Samples and figures -------
 def reserve(path):
-    """Makes an empty file for the result to replace; OSError if something is there already."""
+    """Makes an empty file for the result to replace, or be removed at the end; OSError if taken."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.open("x").close()
-    path = path.absolute()  # removed again at the end if there was no result
     atexit.register(lambda: path.exists() and path.stat().st_size == 0 and path.unlink())
 def load_network(args):
     """(model, Diffusion, Config, path) of --ckpt, ready to be called as model(x_t, t)."""
@@ -799,28 +780,25 @@ def load_network(args):
         if dtype and isinstance(layer, (nn.Conv2d, nn.Linear)):
             layer.to(dtype)  # once, where autocast would cast anew at every step
     say(f"{path}: {device.type} in {dtype or torch.float32}, seed {args.seed}")
-    model = torch.compile(model) if args.compile else model
-    return in_precision(model, device, dtype), diffusion, config, path
+    return in_precision(model, device, dtype, args.compile), diffusion, config, path
 
 def sample_command(args):
     """`sample`: new pictures from a checkpoint as one grid; as files and a film if asked for."""
-    if args.eta != 1 and not args.ddim_steps:
-        raise UserError("--eta is for DDIM: say in how many --steps")
     model, diffusion, config, path = load_network(args)
     names = (path.parent / f"samples-{i:03}.png" for i in itertools.count())
     out = Path(args.out or next(name for name in names if not name.exists())).with_suffix(".png")
     folder, film = out.with_suffix(""), out.with_suffix(".gif")
-    reserve(out)
-    if args.gif:
-        reserve(film)
+    for path in [out] + [film] * args.gif:
+        reserve(path)
     if args.individual:
         folder.mkdir()
-    steps, chain = args.ddim_steps or diffusion.timesteps, (diffusion, model, config.shape(args.n))
-    states = draw(*chain, args.seed, args.batch_size, args.ddim_steps, args.eta)
+    steps = args.ddim_steps or diffusion.timesteps
+    states = draw(diffusion, model, config.shape(args.n), args.seed,
+                  args.batch_size, args.ddim_steps, args.eta)
     total = math.ceil(args.n / args.batch_size) * (steps + 1)
     pictures, frames = [], []
-    for i, (first, t, x_t) in enumerate(progress(states, "sampling, step", total)):
-        if args.gif and i <= steps and (t < 0 or i % math.ceil(steps / 60) == 0):
+    for first, t, x_t in progress(states, "sampling, step", total):
+        if args.gif and first == 0 and (t < 0 or t % math.ceil(steps / 60) == 0):
             frames.append(grid(to_uint8(x_t)))  # a film of the first batch
         if t < 0:
             pictures.append(to_uint8(x_t).cpu())
@@ -844,7 +822,7 @@ def progressive_figure(args):
     """Two rows a picture along the reverse process: x_t, and the x_0 predicted from it (Fig. 6)."""
     model, diffusion, config, _ = load_network(args)
     T, columns = diffusion.timesteps, []
-    times = sorted({T - 1, *range(0, T, math.ceil(T / 10))}, reverse=True)
+    times = dict.fromkeys(torch.linspace(T - 1, 0, 11).int().tolist())
     noise = noise_for(config.shape(args.n), diffusion.betas.device, args.seed)
     for t, x_t, x_0 in progress(diffusion.sample(model, noise), "step", T + 1):
         if t in (*times, -1):
@@ -878,9 +856,8 @@ def show_command(args):
     say(f"wrote {out}, {text}")
 
 # 7. Evaluation ----------------
-def print_bound(args):
+def print_bound(model, diffusion, config, args):
     """The variational bound in bits/dim, its parts (Sec. 4.3), and Fig. 5 in ten rows."""
-    model, diffusion, config, _ = load_network(args)
     data, device, T = args.data or config.data, diffusion.betas.device, diffusion.timesteps
     parts, tables = some_pictures(data, config, args.n or 64, args.seed).split(args.batch_size), []
     say(f"bits/dim of {sum(map(len, parts))} pictures of {data!r}, of a named set's test split")
@@ -918,36 +895,59 @@ def load_inception(file=None, device="cpu"):
         block.register_forward_pre_hook(lambda _, x, pool=pool: kept.append(pool(*x, 3, 1, 1)))
         block.branch_pool.register_forward_pre_hook(lambda *_: (kept.pop(),))
     net.to(device).eval().requires_grad_(False)
-    classes, net.fc = net.fc.weight, nn.Identity()
-    def inception(pictures):
-        x = to_unit(pictures.to(device)).expand(-1, 3, -1, -1)
-        features = net(F.interpolate(x, (299, 299), mode="bilinear"))
-        return features, (features @ classes.T).softmax(1)  # the reference IS has no bias here
-    return inception
+    classes, net.fc = net.fc.weight, nn.Identity()  # the reference IS has no bias here
+    net.register_forward_pre_hook(lambda _, pictures: F.interpolate(
+        to_unit(pictures[0].to(device)).expand(-1, 3, -1, -1), (299, 299), mode="bilinear"))
+    net.register_forward_hook(lambda _, x, features: (features, (features @ classes.T).softmax(1)))
+    return net
 
-def gaussian_of(features):
-    """Mean (D,) and covariance (D, D) of features (N, D), in float64."""
-    mean = features.mean(0, dtype=torch.float64)
-    parts = (part - mean for part in features.split(1024))
-    return mean, sum(part.T @ part for part in parts) / (len(features) - 1)
+def gaussian_of(batches):
+    """Number, mean (D,) and covariance (D, D) in float64, of features in batches (B, D)."""
+    n, total, products = 0, 0, 0
+    for features in batches:
+        features = features.double()
+        n, total = n + len(features), total + features.sum(0)
+        products = products + features.T @ features
+    mean = total / n
+    return n, mean, (products - n * mean.outer(mean)) / max(1, n - 1)
+
+def training_gaussian(pictures, inception):
+    """gaussian_of the features of a Pictures: computed once, then kept below ./data in a file
+    that is named after all bytes of the pictures and of the network's weights."""
+    batches, name = pictures.in_order("checking the training set"), hashlib.sha256()
+    for part in itertools.chain(inception.state_dict().values(), batches):
+        name.update(repr(part.shape).encode() + part.cpu().numpy().tobytes())
+    file = Path("data", f"inception-{name.hexdigest():.16}.pt")
+    if file.exists():
+        return torch.load(file)
+    batches = pictures.in_order("features of the training set")
+    gaussian = gaussian_of(inception(batch)[0].cpu() for batch in batches)
+    replace_file(file, functools.partial(torch.save, gaussian), essential=False)
+    return gaussian
+
 def frechet_distance(a, b):
-    """FID (Heusel et al. 2017) of two sets of features (N, D): for Gaussians of their moments,
+    """FID (Heusel et al. 2017) of two sets of features (N, D), or of their `gaussian_of`:
     |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))."""
-    (mean_a, cov_a), (mean_b, cov_b) = gaussian_of(a), gaussian_of(b)
+    a, b = (gaussian_of(x.split(1024)) if torch.is_tensor(x) else x for x in (a, b))
+    (_, mean_a, cov_a), (_, mean_b, cov_b) = a, b
     roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()  # rounding can pass 0
     return ((mean_a - mean_b).square().sum() + (cov_a + cov_b).trace() - 2 * roots.sum()).item()
 def inception_score(probabilities, splits=10):
     """IS (Salimans et al. 2016), exp E KL(p(y|x) || p(y)): mean and deviation of so many splits."""
-    parts = probabilities.double().tensor_split(splits)
-    kls = [(torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1) for p in parts]
-    scores = [kl.mean().exp().item() for kl in kls]
+    scores = []
+    for p in probabilities.tensor_split(splits):
+        p = p.double()
+        kl = (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1)
+        scores.append(kl.mean().exp().item())
     return np.mean(scores), np.std(scores)
 
 def eval_command(args):
     """`eval`: the bound and Fig. 5 (Sec. 4.3); FID and Inception Score of new or given samples."""
     metrics = args.metrics or (["fid", "is"] if args.samples else ["bpd"])
+    if "bpd" in metrics or not args.samples:
+        model, diffusion, config, _ = load_network(args)
     if "bpd" in metrics:
-        print_bound(args)
+        print_bound(model, diffusion, config, args)
     if metrics == ["bpd"]:
         return
     inception = load_inception(args.inception_weights, pick_device(args.device, args.amp)[0])
@@ -956,21 +956,21 @@ def eval_command(args):
         samples.config = config = Config(image_size=min(Image.open(samples.items[0]).size))
         batches, made = samples.in_order("features of samples"), f"pictures of {args.samples}"
     else:
-        model, diffusion, config, _ = load_network(args)
         made, n = f"samples in {args.ddim_steps or config.timesteps} steps", args.n or 50_000
-        chain = (diffusion, model, config.shape(n), args.seed, args.batch_size)
-        states = draw(*chain, args.ddim_steps, args.eta)
+        states = draw(diffusion, model, config.shape(n), args.seed,
+                      args.batch_size, args.ddim_steps, args.eta)
         batches = (to_uint8(x_t) for _, t, x_t in states if t < 0)
         batches = progress(batches, "sampling, batch", math.ceil(n / args.batch_size))
-    features, probabilities = (torch.cat(part).cpu() for part in zip(*map(inception, batches)))
-    data, made = args.data or config.data, f"{len(features)} {made}"
-    if len(features) < 10_000:
+    parts = (part for batch in batches for part in batch.split(16))  # to take less than 2 GB
+    ours, probabilities = zip(*([answer.cpu() for answer in inception(part)] for part in parts))
+    ours, probabilities = gaussian_of(ours), torch.cat(probabilities)
+    data, made = args.data or config.data, f"{len(probabilities)} {made}"
+    if len(probabilities) < 10_000:
         say("a FID of fewer than 10,000 pictures is too high: do not compare it with others")
     if "fid" in metrics:
-        pictures = Pictures(data, config).in_order("features of the training set")
-        theirs = torch.cat([inception(batch)[0].cpu() for batch in pictures])
-        fid = frechet_distance(features, theirs)
-        say(f"FID {fid:.3f} of {made} against {len(theirs)} training pictures of {data!r}")
+        theirs = training_gaussian(Pictures(data, config), inception)
+        fid = frechet_distance(ours, theirs)
+        say(f"FID {fid:.3f} of {made} against {theirs[0]} training pictures of {data!r}")
     if "is" in metrics:
         mean, deviation = inception_score(probabilities)
         say(f"Inception Score {mean:.3f} +- {deviation:.3f} of {made}")
@@ -978,7 +978,7 @@ def eval_command(args):
 # 8. The command line ----------
 @dataclasses.dataclass
 class Options:
-    """The flags of the commands that are no part of a run's Config."""
+    """The flags of the commands that are no part of a run's Config; the comments are `--help`."""
     ckpt: str = ""  # a checkpoint, a run's folder or published weights; if none, the newest run
     n: int = 64  # how many pictures
     ddim_steps: int = 0  # DDIM in so many steps, e.g. 50, in place of Algorithm 2
@@ -990,8 +990,8 @@ class Options:
     inception_weights: str = ""  # the file of Inception's weights, if it can't be fetched
     out: str = ""  # the PNG or the run's folder to write
 FLAGS = Config.__dataclass_fields__ | Options.__dataclass_fields__
-HELP = dict(re.findall(r"^    (\w+): \w+ = .*  # (.*)",  # the comments beside the fields
-                       Path(__file__).read_text(), re.M))
+HELP = dict(re.findall(r"^    (\w+): \w+ = .*  # (.*)", Path(__file__).read_text(), re.M))
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose complaints are one line, as all others of this program."""
     def error(self, message):
@@ -1028,15 +1028,15 @@ def train_command(args):
         raise UserError(f"{out} holds a checkpoint: resume it with --resume, or name another --out")
     elif args.init_from:
         checkpoint |= {"step": 0, "model": checkpoint["ema"]}
-        base = dataclasses.replace(base, data="", data_root="data")
+        base = dataclasses.replace(base, data="")
     else:
-        slow = pick_device(args.device, "off")[0].type == "cpu"
+        slow = args.device == "cpu" or not torch.accelerator.is_available()
         base = PRESETS[args.preset or ("tiny" if slow else "cifar10")]
         if data.startswith(("mnist", "fashion-mnist")):  # grey, and digits can't be mirrored
             base = dataclasses.replace(base, channels=1, flip=data[0] == "f")
     config = dataclasses.replace(base, **given)
     device, dtype = pick_device(args.device, config.amp)
-    pictures = Pictures(config.data, config, config.data_root)
+    pictures = Pictures(config.data, config)
     if WORLD > 1:  # gloo for numbers that live on the CPU; grids keep the others waiting
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=3))
