@@ -52,7 +52,8 @@ from torchvision import datasets, models, utils
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 Distribution.set_default_validate_args(False)  # a check makes the host wait for the GPU
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+RANK = int(os.environ.get("RANK", 0))  # torchrun's
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 STOPPING = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 class UserError(Exception):
@@ -146,10 +147,9 @@ PRESETS = {
 # over 0..T-1, so that it indexes a table and is what the network is fed: t here is t + 1 in the
 # paper, alpha_bars[t] is its alpha_bar_{t+1}, and x_t with t = 0 already holds a little noise.
 def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
-    """Variances of the forward steps, beta_1..beta_T: (T,) float64, linear (Sec. 4).
-    Both ends are scaled by 1000/T; so that all stay below 1, a T below 21 is cut off at 0.999."""
+    """Variances of the forward steps, beta_1..beta_T: (T,) float64, linear (Sec. 4), for any T."""
     betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
-    return (1000 / timesteps * betas).clamp(max=0.999)
+    return (1000 / timesteps * betas).clamp(max=0.999)  # a T below 21 would pass 1
 
 class Diffusion(nn.Module):
     """Two Markov chains: q adds noise, p_theta takes it away by a network model(x_t, t) -> eps.
@@ -395,8 +395,7 @@ def grid(pictures, columns=None):
     width = columns or math.ceil(len(pictures) ** 0.5)
     return to_pil_image(utils.make_grid(pictures.cpu(), width, pad_value=255))
 def read_picture(image, size, channels):
-    """The middle square of a PIL image, resized: uint8 (channels, size, size).
-    Turned as its EXIF says, transparent over white, 16 bits to 8. Raises one of BROKEN."""
+    """The middle square of a PIL image, resized: uint8 (channels, size, size); or one of BROKEN."""
     mode = "L" if channels == 1 else "RGB"
     with image:
         if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
@@ -511,13 +510,11 @@ def training_batches(pictures, config, step, passes=1):
     """This process's batches, uint8 (B / passes, C, H, W), of a tensor or a Pictures, for ever.
     Picture k of a run is number k % n of epoch k // n, whatever the number of processes."""
     n, size = len(pictures), config.batch_size // passes
-    def groups():
-        for i in itertools.count(step * passes + RANK, WORLD):
-            run = range(i * size, (i + 1) * size)
-            yield [epoch_order(n, config.seed, k // n)[k % n] for k in run]
+    runs = (range(i * size, (i + 1) * size) for i in itertools.count(step * passes + RANK, WORLD))
+    groups = ([epoch_order(n, config.seed, k // n)[k % n] for k in run] for run in runs)
     if isinstance(pictures, Pictures):
-        return filter(len, pictures.batches(groups()))
-    return (pictures[torch.tensor(group).to(pictures.device)] for group in groups())
+        return filter(len, pictures.batches(groups))
+    return (pictures[torch.tensor(group).to(pictures.device)] for group in groups)
 def some_pictures(data, config, n, seed):
     """n pictures of `data`, of a named set's test split, in an order of the seed: (n, C, H, W)."""
     pictures = Pictures(data, config, train=False)
@@ -766,11 +763,15 @@ def train(config, pictures, out, device, dtype, checkpoint=None, signals=()):
     return 0
 
 # 6. Samples and figures -------
-def reserve(path):
-    """Makes an empty file for the result to replace, or be removed at the end; OSError if taken."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.open("x").close()
-    atexit.register(lambda: path.exists() and path.stat().st_size == 0 and path.unlink())
+def reserve(paths):
+    """The first free path, as an empty file to be replaced, or removed at the end; or UserError."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            path.open("x").close()
+            atexit.register(lambda: path.exists() and path.stat().st_size == 0 and path.unlink())
+            return path
+    raise UserError(f"{path} is there already: name another --out")
 def load_network(args):
     """(model, Diffusion, Config, path) of --ckpt, ready to be called as model(x_t, t)."""
     device, dtype = pick_device(args.device, args.amp)
@@ -786,10 +787,10 @@ def sample_command(args):
     """`sample`: new pictures from a checkpoint as one grid; as files and a film if asked for."""
     model, diffusion, config, path = load_network(args)
     names = (path.parent / f"samples-{i:03}.png" for i in itertools.count())
-    out = Path(args.out or next(name for name in names if not name.exists())).with_suffix(".png")
-    folder, film = out.with_suffix(""), out.with_suffix(".gif")
-    for path in [out] + [film] * args.gif:
-        reserve(path)
+    out = reserve([Path(args.out).with_suffix(".png")] if args.out else names)
+    folder, gif = out.with_suffix(""), out.with_suffix(".gif")
+    if args.gif:
+        reserve([gif])
     if args.individual:
         folder.mkdir()
     steps = args.ddim_steps or diffusion.timesteps
@@ -807,8 +808,8 @@ def sample_command(args):
     replace_file(out, grid(torch.cat(pictures)).save)
     if args.gif:
         how = {"save_all": True, "append_images": frames[1:], "duration": 60, "loop": 0}
-        replace_file(film, lambda file: frames[0].save(file, **how))
-    say(f"wrote {args.n} pictures to {out}")
+        replace_file(gif, lambda file: frames[0].save(file, **how))
+    say(f"wrote {args.n} pictures: {out}" + f", {gif}" * args.gif + f", {folder}" * args.individual)
 
 def forward_figure(args):
     """Pictures, and the same with more and more of one noise mixed in (Eq. 4)."""
@@ -848,8 +849,7 @@ FIGURES = {"forward": forward_figure, "progressive": progressive_figure,
            "interpolate": interpolate_figure}
 def show_command(args):
     """`show`: a figure as a PNG."""
-    out = Path(args.out or args.figure).with_suffix(".png")
-    reserve(out)
+    out = reserve([Path(args.out or args.figure).with_suffix(".png")])
     columns, text = FIGURES[args.figure](args)  # each (rows, C, H, W) in [-1, 1]
     pictures = torch.stack([*columns], 1).flatten(0, 1)
     replace_file(out, grid(to_uint8(pictures), len(columns)).save)
@@ -965,7 +965,7 @@ def eval_command(args):
     ours, probabilities = zip(*([answer.cpu() for answer in inception(part)] for part in parts))
     ours, probabilities = gaussian_of(ours), torch.cat(probabilities)
     data, made = args.data or config.data, f"{len(probabilities)} {made}"
-    if len(probabilities) < 10_000:
+    if "fid" in metrics and len(probabilities) < 10_000:
         say("a FID of fewer than 10,000 pictures is too high: do not compare it with others")
     if "fid" in metrics:
         theirs = training_gaussian(Pictures(data, config), inception)
@@ -1087,8 +1087,8 @@ def main(argv=None):
         return args.run(args) or 0
     except (UserError, OSError) as error:
         message = str(error)
-    except RuntimeError as error:  # of accelerators, and of the CPU
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory", str(error)):  # a GPU's, the CPU's
             raise
         message = f"{error}: lower --batch-size, or raise --accumulate"
     except KeyboardInterrupt:

@@ -1035,7 +1035,8 @@ def test_training_on_an_accelerator_goes_on_and_is_sampled_without_one(amp):
 def test_sample_writes_a_grid_single_pictures_and_a_film(trained, capsys):
     assert run("sample", "-n", 5, "--gif", "--individual", *CPU) == 0
     out = capsys.readouterr().out
-    assert "samples-000.png" in out and str(trained) in out
+    paths = [str(trained / name) for name in ("samples-000.png", "samples-000.gif", "samples-000")]
+    assert out.splitlines()[-1] == f"wrote 5 pictures: {', '.join(paths)}"
     grid = pixels_of(trained / "samples-000.png")
     assert grid.shape == (2 * 10 + 2, 3 * 10 + 2, 3)  # 3 by 2 of 8 pixels, 2 pixels between
     singles = sorted((trained / "samples-000").iterdir())
@@ -1400,7 +1401,7 @@ MISTAKES = [
     ("sample --steps 6 --ckpt runs/images", ["--steps 6", "use 1 to 5"]),
     ("sample --steps 2 --eta 1.5", ["--eta is 1.5"]),
     ("sample --steps 2 --eta inf", ["--eta is inf"]),
-    ("sample --out images/0.png --ckpt runs/images", ["File exists", "0.png"]),
+    ("sample --out images/0.png --ckpt runs/images", ["0.png is there already", "--out"]),
     ("eval", ["no run below ./runs", "train first"]),
     ("eval --batch-size 0", ["--batch-size is 0: it must be 1 to"]),
     ("show forward", ["--data '' holds no images", "nor is it one of shapes"]),
