@@ -121,7 +121,7 @@ CHOICES = {"channels": (1, 3), "variance": ("fixedlarge", "fixedsmall"),
            "amp": ("auto", "off", "bf16"), "device": ("auto", "cuda", "mps", "cpu")}
 LIMITS = {"image_size base_channels attention_resolutions": (1, 1024), "timesteps": (2, 10**5),
           "steps batch_size accumulate log_every sample_every ckpt_every n": (1, 10**9),
-          "channel_mults num_res_blocks": (1, 64), "channels": (1, 3), "seed": (0, 2**63 - 1),
+          "channel_mults num_res_blocks": (1, 64), "seed": (0, 2**63 - 1),
           "dropout ema_decay eta": (0, 1)}  # of other numbers 0 to 10^9
 def flag_of(name):
     """How a field is called on the command line."""
@@ -514,7 +514,7 @@ def training_batches(pictures, config, step, passes=1):
     groups = ([epoch_order(n, config.seed, k // n)[k % n] for k in run] for run in runs)
     if isinstance(pictures, Pictures):
         return filter(len, pictures.batches(groups))
-    return (pictures[torch.tensor(group).to(pictures.device)] for group in groups)
+    return (pictures[torch.tensor(rows).to(pictures.device, non_blocking=True)] for rows in groups)
 def some_pictures(data, config, n, seed):
     """n pictures of `data`, of a named set's test split, in an order of the seed: (n, C, H, W)."""
     pictures = Pictures(data, config, train=False)
@@ -956,7 +956,8 @@ def eval_command(args):
         samples.config = config = Config(image_size=min(Image.open(samples.items[0]).size))
         batches, made = samples.in_order("features of samples"), f"pictures of {args.samples}"
     else:
-        made, n = f"samples in {args.ddim_steps or config.timesteps} steps", args.n or 50_000
+        steps, n = args.ddim_steps or config.timesteps, args.n or 50_000
+        made = f"samples in {steps} steps, eta {args.eta}, amp {args.amp}"
         states = draw(diffusion, model, config.shape(n), args.seed,
                       args.batch_size, args.ddim_steps, args.eta)
         batches = (to_uint8(x_t) for _, t, x_t in states if t < 0)
@@ -972,8 +973,7 @@ def eval_command(args):
         fid = frechet_distance(ours, theirs)
         say(f"FID {fid:.3f} of {made} against {theirs[0]} training pictures of {data!r}")
     if "is" in metrics:
-        mean, deviation = inception_score(probabilities)
-        say(f"Inception Score {mean:.3f} +- {deviation:.3f} of {made}")
+        say("Inception Score {:.3f} +- {:.3f} of {}".format(*inception_score(probabilities), made))
 
 # 8. The command line ----------
 @dataclasses.dataclass
