@@ -155,7 +155,6 @@ class Diffusion(nn.Module):
     """Two Markov chains: q adds noise, p_theta takes it away by a network model(x_t, t) -> eps.
     Tables over t = 0..T-1 are computed in float64 and kept as float32 buffers. `variance` is the
     reverse process's (Sec. 3.2): "fixedlarge" is beta_t, "fixedsmall" is beta~_t."""
-
     def __init__(self, timesteps=1000, variance="fixedlarge"):
         super().__init__()
         self.timesteps = timesteps
@@ -320,7 +319,6 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """eps_theta(x_t, t): the noise in x_t. x_t: (B, C, H, W) and t: (B,) -> (B, C, H, W) float32.
     A level for each of channel_mults, each half the size of the one before; or UserError."""
-
     def __init__(self, config):
         super().__init__()
         size, base, mults = config.image_size, config.base_channels, config.channel_mults
@@ -330,7 +328,6 @@ class UNet(nn.Module):
         if size % 2**last or base % 32 or not set(attended) <= set(sizes):
             raise UserError(f"--image-size {size} must be a multiple of {2**last}, --base-channels "
                             f"{base} of 32, --attention-resolutions {attended} among {sizes}")
-
         self.base_channels, temb = base, 4 * base
         linear_1, linear_2 = nn.Linear(base, temb), nn.Linear(temb, temb)
         self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
@@ -468,6 +465,7 @@ class Pictures(torch.utils.data.Dataset):
                        f"nor is it one of {', '.join(SETS)}")
         if not self.items:
             raise UserError(missing)
+
     def __len__(self):
         return len(self.items)
     def __getitem__(self, i):
@@ -477,6 +475,7 @@ class Pictures(torch.utils.data.Dataset):
             return read_picture(image, self.config.image_size, self.config.channels)
         except BROKEN as error:
             say_once(f"skipped a broken picture, {str(item)!r}: {error or type(error).__name__}")
+
     def batches(self, groups):
         """For each group of item numbers, those pictures that can be read: uint8 (N, C, H, W)."""
         workers = min(self.config.workers, os.cpu_count(), len(self) // 256)
@@ -492,6 +491,7 @@ class Pictures(torch.utils.data.Dataset):
         """All pictures that can be read, batch by batch; `what` is done with them is shown."""
         groups = torch.arange(len(self)).split(16)
         return progress(self.batches(groups), f"{what}, batch", len(groups))
+
     def read(self):
         """All pictures that can be read, in order: uint8 (N, C, H, W)."""
         pictures, n = torch.empty(self.config.shape(len(self)), dtype=torch.uint8), 0
