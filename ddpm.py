@@ -548,8 +548,7 @@ def in_precision(model, device, dtype, compiled=False):
     return call
 
 def replace_file(path, write, essential=True):
-    """Has write(temporary path) make a file, then puts it in place; in the first process alone.
-    A file that can't be written is a UserError, or if not essential it is said."""
+    """Rank 0 puts what write(temporary path) makes in place. If it can't: UserError, or a line."""
     temporary = path.with_name("." + path.name)
     if RANK > 0:
         return
@@ -638,7 +637,8 @@ def load_checkpoint(path, resume=False):
             check_tensors(checkpoint["optimizer"]["state"][i], moments)
         return checkpoint, config
     except (UserError, *BROKEN) as error:
-        raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py ({error!s:.100})")
+        why = f" ({error})" if isinstance(error, (UserError, OSError, ValueError)) else ""
+        raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py{why}")
 def load(path="", device="cpu"):
     """(averaged UNet, Diffusion, Config) of what `find_checkpoint` finds, ready to sample."""
     checkpoint, config = load_checkpoint(find_checkpoint(path))
