@@ -568,6 +568,7 @@ def replace_file(path, write, essential=True):
 PUBLISHED = {"act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-6, "downsample_padding": 0,
              "attention_head_dim": None, "flip_sin_to_cos": False, "freq_shift": 1}
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
 def read_safetensors(path):
     """The tensors of a .safetensors file, by name. Raises one of BROKEN if it is damaged."""
     data = bytearray(path.read_bytes())  # the length of a header, the header, and the numbers
@@ -640,7 +641,7 @@ def load_checkpoint(path, resume=False):
         why = f" ({error})" if isinstance(error, (UserError, OSError, ValueError)) else ""
         raise UserError(f"{path} is damaged, or no checkpoint of ddpm.py{why}")
 def load(path="", device="cpu"):
-    """(averaged UNet, Diffusion, Config) of what `find_checkpoint` finds, ready to sample."""
+    """(averaged UNet, Diffusion, Config) to sample, as `find_checkpoint` finds it; or UserError."""
     checkpoint, config = load_checkpoint(find_checkpoint(path))
     model, diffusion = build(config, device)
     model.load_state_dict(checkpoint["ema"])
@@ -659,11 +660,10 @@ def over_processes(tensor, op=dist.ReduceOp.SUM):
     return tensor.item()
 
 def note_signals():
-    """A list that Ctrl-C, SIGTERM and SIGHUP are added to, so that `train` can end a step and save.
-    A second Ctrl-C ends the program, unless torchrun is there, which repeats the first."""
+    """A list that Ctrl-C, SIGTERM and SIGHUP join, so that `train` can end a step and save."""
     noted = []
     def note(number, frame):
-        if noted and number == signal.SIGINT and WORLD == 1:
+        if noted and number == signal.SIGINT and WORLD == 1:  # torchrun repeats the first
             os._exit(128 + number)
         noted.append(number)
         with contextlib.suppress(OSError):  # the terminal may be gone
