@@ -395,10 +395,10 @@ def read_picture(image, size, channels):
     """The middle square of a PIL image, resized: uint8 (channels, size, size); or one of BROKEN."""
     mode = "L" if channels == 1 else "RGB"
     with image:
-        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
             raise ValueError("it has 32 bits a channel: save it with 8 or 16")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion cuts off at 255
+        if "I" in image.mode:  # 16 bits, which Pillow's own conversion cuts off at 255
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         image = ImageOps.fit(image.convert("RGBA"), (size, size))
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
@@ -537,7 +537,7 @@ def pick_device(name, amp):
         has_bf16 = name == "cpu" and (can.get("amx_bf16") or can.get("avx512_bf16"))
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = amp != "off"  # --amp off is float32, in convolutions too
-    bf16 = amp == "bf16" or (amp == "auto" and has_bf16)
+    bf16 = amp == "bf16" or amp == "auto" and has_bf16
     return torch.device(name), torch.bfloat16 if bf16 else None
 def in_precision(model, device, dtype, compiled=False):
     """model(x_t, t), computed in mixed precision of this dtype, or in float32 if it is None."""
@@ -677,7 +677,7 @@ def draw(diffusion, model, shape, seed, size, steps=None, eta=1.0):
     """Samples pictures, (N, C, H, W) = shape, `size` at a time: DDIM if given steps or eta below 1.
     Yields (number of the batch's first picture, t, x_t) for all states; at t = -1 it is done."""
     for first in range(0, shape[0], size):
-        batch = (min(size, shape[0] - first), *shape[1:])
+        batch = min(size, shape[0] - first), *shape[1:]
         noise = noise_for(batch, diffusion.betas.device, seed, first)
         chain = diffusion.sample(model, noise)
         if steps or eta != 1:
@@ -917,7 +917,7 @@ def training_gaussian(pictures, inception):
     batches, name = pictures.in_order("checking the training set"), hashlib.sha256()
     for part in itertools.chain(inception.state_dict().values(), batches):
         name.update(repr(part.shape).encode() + part.cpu().numpy().tobytes())
-    file = Path("data", f"inception-{name.hexdigest():.16}.pt")
+    file = Path(f"data/inception-{name.hexdigest():.16}.pt")
     if file.exists():
         return torch.load(file)
     batches = pictures.in_order("features of the training set")
@@ -934,8 +934,8 @@ def frechet_distance(a, b):
     return ((mean_a - mean_b).square().sum() + (cov_a + cov_b).trace() - 2 * roots.sum()).item()
 def inception_score(probabilities, splits=10):
     """IS (Salimans et al. 2016), exp E KL(p(y|x) || p(y)): mean and deviation of so many splits."""
-    scores = []
-    for p in probabilities.tensor_split(splits):
+    scores, n = [], len(probabilities)
+    for p in probabilities.tensor_split([k * n // splits for k in range(1, splits)]):
         p = p.double()
         kl = (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1)
         scores.append(kl.mean().exp().item())
@@ -1018,7 +1018,7 @@ def train_command(args):
     given = {k: v for k, v in vars(args).items() if v is not None and hasattr(Config, k)}
     data = args.data or ""
     name = Path(os.path.abspath(data)).name if os.path.isdir(data) else data.replace("/", "-")
-    out, checkpoint = Path(args.out or Path("runs", name)), None
+    out, checkpoint = Path(args.out or f"runs/{name}"), None
     if args.resume or args.init_from:
         path = find_checkpoint(args.init_from or (out if args.out or name else ""))
         checkpoint, base = load_checkpoint(path, args.resume)

@@ -1237,6 +1237,10 @@ def test_inception_score_of_sure_of_clueless_and_of_other_answers():
         scores.append(math.exp(kl))
     expected = (np.mean(scores), np.std(scores))
     assert ddpm.inception_score(p, splits=5) == pytest.approx(expected, rel=1e-6)
+    p, n = torch.rand(53, 7, dtype=torch.float64).softmax(1), 53  # cut as in the reference of 2016
+    parts = [p[i * n // 5 : (i + 1) * n // 5].numpy() for i in range(5)]
+    scores = [np.exp((x * np.log(x / x.mean(0))).sum(1).mean()) for x in parts]
+    assert ddpm.inception_score(p, splits=5) == pytest.approx((np.mean(scores), np.std(scores)))
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
