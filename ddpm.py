@@ -116,7 +116,6 @@ class Config:
     def shape(self, n):
         """Of n pictures: (n, C, H, W)."""
         return n, self.channels, self.image_size, self.image_size
-
 CHOICES = {"channels": (1, 3), "variance": ("fixedlarge", "fixedsmall"),
            "amp": ("auto", "off", "bf16"), "device": ("auto", "cuda", "mps", "cpu")}
 LIMITS = {"image_size base_channels attention_resolutions": (1, 1024), "timesteps": (2, 10**5),
@@ -128,11 +127,14 @@ def flag_of(name):
     return "-n" if name == "n" else "--" + name.removeprefix("ddim_").replace("_", "-")
 def check_setting(field, value):
     """UserError, which names the flag, unless the value is of the field's kind and in its range."""
-    kinds = {float: (float, int), tuple: (int,)}.get(field.type, (field.type,))
+    choices, kinds = CHOICES.get(field.name), {float: (float, int), tuple: (int,)}
     low, high = next((LIMITS[key] for key in LIMITS if field.name in key.split()), (0, 10**9))
-    for item in value if field.type is tuple else [value]:  # NaN is in no range
-        if type(item) not in kinds or not (field.type is str or low <= item <= high):
-            raise UserError(f"{flag_of(field.name)} is {item!r:.50}: it must be {low} to {high}")
+    for item in value if field.type is tuple else [value]:
+        fits = type(item) in kinds.get(field.type, (field.type,))
+        inside = fits and (item in choices if choices else field.type is str or low <= item <= high)
+        if not inside:  # as NaN is not, either
+            wanted = f"one of {choices}" if choices else f"from {low} to {high}"
+            raise UserError(f"{flag_of(field.name)} is {item!r:.50}: it must be {wanted}")
 
 PRESETS = {
     "cifar10": Config(),
@@ -147,7 +149,7 @@ PRESETS = {
 # over 0..T-1, so that it indexes a table and is what the network is fed: t here is t + 1 in the
 # paper, alpha_bars[t] is its alpha_bar_{t+1}, and x_t with t = 0 already holds a little noise.
 def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
-    """Variances of the forward steps, beta_1..beta_T: (T,) float64, linear (Sec. 4), for any T."""
+    """Forward variances, beta_1..beta_T: (T,) float64, linear (Sec. 4), both ends times 1000/T."""
     betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
     return (1000 / timesteps * betas).clamp(max=0.999)  # a T below 21 would pass 1
 
@@ -568,7 +570,6 @@ def replace_file(path, write, essential=True):
 PUBLISHED = {"act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-6, "downsample_padding": 0,
              "attention_head_dim": None, "flip_sin_to_cos": False, "freq_shift": 1}
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
 def read_safetensors(path):
     """The tensors of a .safetensors file, by name. Raises one of BROKEN if it is damaged."""
     data = bytearray(path.read_bytes())  # the length of a header, the header, and the numbers
@@ -793,11 +794,10 @@ def sample_command(args):
         reserve([gif])
     if args.individual:
         folder.mkdir()
-    steps = args.ddim_steps or diffusion.timesteps
+    steps, pictures, frames = args.ddim_steps or diffusion.timesteps, [], []
     states = draw(diffusion, model, config.shape(args.n), args.seed,
                   args.batch_size, args.ddim_steps, args.eta)
     total = math.ceil(args.n / args.batch_size) * (steps + 1)
-    pictures, frames = [], []
     for first, t, x_t in progress(states, "sampling, step", total):
         if args.gif and first == 0 and (t < 0 or t % math.ceil(steps / 60) == 0):
             frames.append(grid(to_uint8(x_t)))  # a film of the first batch
@@ -928,8 +928,8 @@ def training_gaussian(pictures, inception):
 def frechet_distance(a, b):
     """FID (Heusel et al. 2017) of two sets of features (N, D), or of their `gaussian_of`:
     |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))."""
-    a, b = (gaussian_of(x.split(1024)) if torch.is_tensor(x) else x for x in (a, b))
-    (_, mean_a, cov_a), (_, mean_b, cov_b) = a, b
+    (_, mean_a, cov_a), (_, mean_b, cov_b) = (
+        gaussian_of(x.split(1024)) if torch.is_tensor(x) else x for x in (a, b))
     roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()  # rounding can pass 0
     return ((mean_a - mean_b).square().sum() + (cov_a + cov_b).trace() - 2 * roots.sum()).item()
 def inception_score(probabilities, splits=10):
@@ -962,8 +962,8 @@ def eval_command(args):
                       args.batch_size, args.ddim_steps, args.eta)
         batches = (to_uint8(x_t) for _, t, x_t in states if t < 0)
         batches = progress(batches, "sampling, batch", math.ceil(n / args.batch_size))
-    parts = (part for batch in batches for part in batch.split(16))  # to take less than 2 GB
-    ours, probabilities = zip(*([answer.cpu() for answer in inception(part)] for part in parts))
+    ours, probabilities = zip(*([answer.cpu() for answer in inception(part)]
+                                for batch in batches for part in batch.split(16)))  # below 2 GB
     ours, probabilities = gaussian_of(ours), torch.cat(probabilities)
     data, made = args.data or config.data, f"{len(probabilities)} {made}"
     if "fid" in metrics and len(probabilities) < 10_000:

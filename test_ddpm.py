@@ -1375,9 +1375,9 @@ MISTAKES = [
     ("train --data nowhere", ["--data 'nowhere' holds no", "shapes, mnist"]),
     ("train --data .", ["holds no images (looked for .jpg"]),
     ("train --data images --steps x", ["--steps: invalid int value: 'x'"]),
-    ("train --data images --steps 0", ["--steps is 0: it must be 1 to"]),
+    ("train --data images --steps 0", ["--steps is 0: it must be from 1"]),
     ("train --data images --lr nan", ["--lr is nan"]),
-    ("train --data images --dropout 1.5", ["--dropout is 1.5", "must be 0 to 1"]),
+    ("train --data images --dropout 1.5", ["--dropout is 1.5", "from 0 to 1"]),
     ("train --data images --steps 1 --attention-resolutions --channel-mults", ["--channel-mults"]),
     ("train --data images --batch-size 6 --accumulate 4", ["--accumulate must divide --batch-size"]),
     ("train --data images --image-size 30 --preset cifar10", ["--image-size 30 must be a multiple of 8"]),
@@ -1399,7 +1399,7 @@ MISTAKES = [
     ("sample --ckpt seed.pt", ["1.5"]),
     ("sample --ckpt mults.pt", ["1.5"]),
     ("sample --ckpt .", ["No such file", "config.json"]),
-    ("sample -n 0", ["error: -n is 0: it must be 1 to"]),
+    ("sample -n 0", ["error: -n is 0: it must be from 1"]),
     ("sample --batch 4", ["--batch"]),
     ("sample --eta 1.5", ["--eta is 1.5"]),
     ("sample --steps 6 --ckpt runs/images", ["--steps 6", "use 1 to 5"]),
@@ -1407,7 +1407,7 @@ MISTAKES = [
     ("sample --steps 2 --eta inf", ["--eta is inf"]),
     ("sample --out images/0.png --ckpt runs/images", ["0.png is there already", "--out"]),
     ("eval", ["no run below ./runs", "train first"]),
-    ("eval --batch-size 0", ["--batch-size is 0: it must be 1 to"]),
+    ("eval --batch-size 0", ["--batch-size is 0: it must be from 1"]),
     ("show forward", ["--data '' holds no images", "nor is it one of shapes"]),
     ("show forward --ckpt runs/images", ["--ckpt"]),
     ("show interpolate -n 3", ["-n"]),
@@ -1415,6 +1415,14 @@ MISTAKES = [
     ("show waves", ["invalid choice: 'waves'"]),
     ("paint", ["invalid choice: 'paint'"]),
 ]
+
+@pytest.mark.parametrize("setting", [
+    {"channels": 2}, {"variance": "learned"}, {"amp": "fp16"}, {"lr": math.nan}, {"steps": True},
+])
+def test_a_setting_that_no_flag_could_make_is_refused_also_without_the_command_line(setting):
+    (name, value), = setting.items()
+    with pytest.raises(ddpm.UserError, match=f"--{name} is {value!r}: it must be"):
+        ddpm.Config(**setting)
 
 @pytest.fixture(scope="module")
 def faulty(trained_once, tmp_path_factory):
