@@ -690,15 +690,15 @@ def read_pictures(dataset, size, channels, order=None, at_once=256, what=""):
             image = decode(dataset[i][0])
         except Exception as error:  # a decoder may raise anything on a broken file
             say(f"skipped a broken picture, {names[i]}: {error or type(error).__name__}")
-            return []
+            return None
         image = image.convert("L" if channels == 1 else "RGB")
-        return [pil_to_tensor(ImageOps.fit(image, size))]
+        return pil_to_tensor(ImageOps.fit(image, size))
 
     found = 0
     parts = [order[i : i + at_once] for i in range(0, len(order), at_once)]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for part in progress(parts, f"{what}, batch", len(parts)) if what else parts:
-            pictures = sum(threads.map(read, part), [])
+            pictures = [picture for picture in threads.map(read, part) if picture is not None]
             found += len(pictures)
             if pictures:
                 yield torch.stack(pictures)
@@ -972,7 +972,7 @@ def draw(diffusion, model, shape, seed, batch_size, steps=0, eta=1.0):
     for first in range(0, shape[0], batch_size):
         numbers = range(first, min(first + batch_size, shape[0]))
         randn_like = seeded_randn_like(seed, numbers, diffusion.betas.device)
-        x_T = randn_like(torch.empty(shape))
+        x_T = randn_like(torch.empty(len(numbers), *shape[1:]))
         left = steps or diffusion.timesteps
         if steps or eta < 1:
             chain = diffusion.sample_ddim(model, x_T, left, eta, randn_like)
@@ -1017,6 +1017,15 @@ def start_run(config, device, checkpoint=None):
     return run
 
 
+def save_run(run, config, path, write):
+    """Saves the checkpoint of a Run by `write`, which is replace_file or try_replace_file."""
+    state = {"config": dataclasses.asdict(config), "step": run.step, "log": run.log}
+    state["model"] = run.model.state_dict()
+    state["ema"] = run.ema.state_dict()
+    state["optimizer"] = run.optimizer.state_dict()
+    write(path, lambda file: torch.save(state, file))
+
+
 def draw_grid(ema, diffusion, config, path, dtype, batch_size):
     """64 samples of the EMA as a PNG, always from the same noise, by DDIM in 50 steps."""
     model = in_precision(ema, diffusion.betas.device, dtype)
@@ -1040,7 +1049,7 @@ def train(config, pictures, out, device, dtype, checkpoint=None, signals=()):
     net = run.model
     if WORLD > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    model = in_precision(net, device, dtype, config.compile)
+    predict = in_precision(net, device, dtype, config.compile)
     batches = training_batches(pictures, config, run.step, passes)
     size = sum(weights.numel() for weights in run.model.parameters())
     say(f"{size:,} parameters, {len(pictures):,} pictures, {device.type} in {dtype or 'float32'}")
@@ -1058,7 +1067,7 @@ def train(config, pictures, out, device, dtype, checkpoint=None, signals=()):
                 mirrored = torch.rand(len(x_0), 1, 1, 1, device=device) < 0.5
                 x_0 = torch.where(mirrored, x_0.flip(3), x_0)
             net.require_backward_grad_sync = i + WORLD >= passes  # DDP: in the last pass alone
-            loss = diffusion.loss(model, x_0) / (passes // WORLD)  # Algorithm 1, lines 2 to 5
+            loss = diffusion.loss(predict, x_0) / (passes // WORLD)  # Algorithm 1, lines 2 to 5
             loss.backward()
             total_loss += loss.detach()
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
@@ -1080,12 +1089,7 @@ def train(config, pictures, out, device, dtype, checkpoint=None, signals=()):
             if RANK == 0:
                 try_replace_file(out / "log.csv", lambda file: file.write_text(run.log))
         if saving and RANK == 0:
-            parts = {
-                name: getattr(run, name).state_dict() for name in ("model", "ema", "optimizer")
-            }
-            parts |= {"config": dataclasses.asdict(config), "step": run.step, "log": run.log}
-            save = replace_file if last else try_replace_file
-            save(out / "ckpt.pt", functools.partial(torch.save, parts))
+            save_run(run, config, out / "ckpt.pt", replace_file if last else try_replace_file)
         if stopped and run.step < config.steps:
             return stopped
         if saving and RANK == 0:
@@ -1129,12 +1133,14 @@ def sample_command(args):
     names = (path.with_name(f"samples-{i:03}.png") for i in itertools.count())
     if args.out:
         names = [Path(args.out.removesuffix(".png") + ".png")]
-    with new_file(names) as out:
+    with new_file(names) as out, contextlib.ExitStack() as files:
         folder, gif = out.with_suffix(""), out.with_suffix(".gif")
         written = [out]
         if args.individual:
             folder.mkdir()
             written.append(folder)
+        if args.gif:
+            written.append(files.enter_context(new_file([gif])))
         pictures, frames = [], []
         total = math.ceil(n / args.batch_size) * steps
         for first, left, x_t in progress(states, "sampling, step", total):
@@ -1148,9 +1154,7 @@ def sample_command(args):
         replace_file(out, grid(torch.cat(pictures)).save)
         if args.gif:
             how = {"save_all": True, "append_images": frames[1:], "duration": 60, "loop": 0}
-            with new_file([gif]):
-                replace_file(gif, lambda file: frames[0].save(file, **how))
-            written.append(gif)
+            replace_file(gif, lambda file: frames[0].save(file, **how))
     seed = f"seed {args.seed}; for others: --seed {args.seed + 1}"
     say(f"wrote {n} pictures, {seed}: {', '.join(map(str, written))}")
     return 0
@@ -1419,7 +1423,7 @@ def checkpoint_config(args, given):
     for field in dataclasses.fields(Config)[:7]:  # what the weights are learned for
         value = getattr(learned, field.name)
         if given.get(field.name, value) != value:
-            raise UserError(f"{path} needs {flag_of(field.name)} {value}: leave the flag out")
+            raise UserError(f"{path} has {flag_of(field.name)} {value}, which can't be changed")
     if args.init_from:
         checkpoint |= {"step": 0, "model": checkpoint["ema"]}
         return dataclasses.replace(learned, **({"data": ""} | given)), checkpoint, path
