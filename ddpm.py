@@ -1585,7 +1585,7 @@ def main(argv=None):
         if not (isinstance(error, MemoryError) or "of memory" in text or "ate memory" in text):
             raise
         message = f"out of memory ({error}): lower --batch-size or raise --accumulate; "
-        message += "for the pictures --cache-gb, --image-size"
+        message += "for the pictures --image-size, or on a GPU --cache-gb"
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 128 + signal.SIGINT

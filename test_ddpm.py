@@ -35,6 +35,8 @@ from torch.testing import assert_close
 import ddpm
 
 SCRIPT = Path(ddpm.__file__).resolve()
+torch.set_num_threads(1)  # networks this small get slower with more threads
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # in processes of their own, too
 
 # A network and a process so small that a command takes less than a second.
 FAST = """--image-size 8 --base-channels 32 --channel-mults 1 --num-res-blocks 1
@@ -1173,7 +1175,7 @@ def program(command, *launcher):
     """Starts the program, by itself or by a launcher."""
     words = [sys.executable, *launcher, str(SCRIPT), *command.split()]
     pipe = subprocess.PIPE
-    return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=ONE_THREAD)
 
 
 def test_from_a_folder_of_pictures_to_new_ones():
@@ -1191,7 +1193,7 @@ def test_from_a_folder_of_pictures_to_new_ones():
 @posix
 def test_a_closed_standard_output_is_no_error(trained):
     command = f"{sys.executable} {SCRIPT} sample -n 1 --out new.png >&-"
-    done = subprocess.run(command, shell=True, capture_output=True, timeout=100)
+    done = subprocess.run(command, shell=True, capture_output=True, timeout=100, env=ONE_THREAD)
     assert done.returncode == 0
     assert done.stderr == b""
     assert Path("new.png").exists()
