@@ -1202,6 +1202,7 @@ def test_a_closed_standard_output_is_no_error(trained):
 @posix
 @pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
 def test_a_run_that_is_stopped_or_killed_can_go_on(name):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else a job's `&` has it ignored
     folder_of_shapes(3)
     running = program(f"train --data images {FAST} --log-every 1 --save-every 3 --steps 100000")
     deadline = time.monotonic() + 60
