@@ -896,6 +896,9 @@ def load_checkpoint(path):
     try:
         published = path.name == "diffusion_pytorch_model.bin"
         checkpoint = read_published(path) if published else load_tensors(path)
+        missing = {"config", "step", "log", "model", "ema"} - set(checkpoint)
+        if missing:
+            raise ValueError(f"without {', '.join(sorted(missing))}")
         return checkpoint, Config(**checkpoint["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no checkpoint of this ddpm.py ({error})") from error
@@ -1410,7 +1413,7 @@ def preset_config(args, given):
         _, config["channels"], config["flip"] = SETS[data.partition("/")[0]]
     config |= given
     if "attention_resolutions" not in given:  # the preset's, if the network has them
-        sizes = [config["image_size"] // 2**i for i in range(len(config["channel_mults"]))]
+        sizes = Config(**config | {"attention_resolutions": ()}).sizes()
         kept = [size for size in config["attention_resolutions"] if size in sizes]
         config["attention_resolutions"] = tuple(kept or sizes[-1:])
     return Config(**config)
