@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -92,8 +91,9 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
+            value = getattr(self, field.name)
             low, high = field.metadata["range"]
+            choices = field.metadata["choices"]
             numbers = value if field.type is tuple else [value]
             if choices and value not in choices:
                 raise UserError(f"{flag_of(field.name)} {value} must be one of {choices}")
@@ -105,13 +105,9 @@ class Config:
             raise UserError(f"--base-channels {self.base_channels} must be a multiple of 32")
         if not self.channel_mults:
             raise UserError("--channel-mults needs at least one number")
-        possible = [i for i, size in enumerate(self.sizes()) if size * 2**i == self.image_size]
-        if len(possible) < len(self.channel_mults):
-            shorter = " ".join(map(str, self.channel_mults[: len(possible)]))
-            raise UserError(
-                f"--image-size {self.image_size} can't be halved {len(self.channel_mults) - 1} "
-                f"times: use another, such as 32, or --channel-mults {shorter}"
-            )
+        if self.image_size % 2 ** (len(self.channel_mults) - 1):
+            levels = f"{len(self.channel_mults)} levels need its halves: 32, or fewer"
+            raise UserError(f"--image-size {self.image_size}: {levels} --channel-mults")
         for size in self.attention_resolutions:
             if size not in self.sizes():
                 raise UserError(f"--attention-resolutions {size} must be among {self.sizes()}")
@@ -272,20 +268,19 @@ class Diffusion(nn.Module):
     def bits_per_dim(self, model, x_0, randn_like=torch.randn_like):
         """The bound on -log2 p(x_0) of Eq. 5, term by term, in bits per dimension.
 
-        Yields (L_t, squared error of the predicted x_0), each (B,), for t = 0..T as the paper
-        counts. The error is that of the receiver who knows the terms after t (Sec. 4.3).
+        Yields L_t: (B,) for t = 0..T, as the paper counts.
         """
         for t in range(self.timesteps):
             x_t = self.q_sample(x_0, t, randn_like(x_0))
-            p, predicted = self.p_mean_variance(model, x_t, t)
+            p, _ = self.p_mean_variance(model, x_t, t)
             if t == 0:
                 nats = -discretised_log_likelihood(x_0, p)  # L_0
             else:
                 nats = kl_divergence(self.q_posterior(x_0, x_t, t), p)  # L_{t-1}
-            yield bits_each(nats), (predicted - x_0).square().mean((1, 2, 3))
+            yield bits_each(nats)
         q = normal(self.sqrt_alpha_bars[-1] * x_0, self.sqrt_one_minus_alpha_bars[-1])
         nats = kl_divergence(q, normal(torch.zeros_like(x_0), 1.0))  # L_T
-        yield bits_each(nats), x_0.square().mean((1, 2, 3))
+        yield bits_each(nats)
 
 
 def normal(mean, std):
@@ -810,7 +805,6 @@ def new_file(paths):
     Raises UserError if none is free.
     """
     for path in paths:
-        had_folder = path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             path.open("x").close()
@@ -822,9 +816,6 @@ def new_file(paths):
     finally:
         if path.exists() and path.stat().st_size == 0:
             path.unlink()
-            if not had_folder:
-                with contextlib.suppress(OSError):  # there are other files by now
-                    path.parent.rmdir()
 
 
 # The authors' weights are published in the diffusers library's layout; config.json must say this:
@@ -1231,8 +1222,7 @@ def show_command(args):
 
 
 def print_bound(model, diffusion, config, data, args):
-    """The variational bound in bits/dim, its parts (Sec. 4.3), and Fig. 5 in ten rows."""
-    T = diffusion.timesteps
+    """The variational bound in bits/dim, and its two parts (Sec. 4.3)."""
     pictures = some_pictures(data, config, args.n or 64, args.seed)
     say(f"bits/dim of {len(pictures)} pictures of {data!r}, of a named set's test split")
     tables = []
@@ -1242,20 +1232,14 @@ def print_bound(model, diffusion, config, data, args):
         randn_like = seeded_randn_like(args.seed, numbers, x_0.device)
         terms = diffusion.bits_per_dim(model, x_0, randn_like)
         what = f"bits/dim, pictures {first + 1} to {first + len(x_0)}, step"
-        table = [torch.stack(term) for term in progress(terms, what, T + 1)]
-        tables.append(torch.stack(table, -1))
-    terms, errors = torch.cat(tables, 1).cpu()  # each (N, T + 1), of L_0..L_T
+        tables.append(torch.stack(list(progress(terms, what, diffusion.timesteps + 1))))
+    terms = torch.cat(tables, 1).cpu()  # (T + 1, N): L_0..L_T
 
-    rate, distortion = terms[:, 1:].sum(1), terms[:, 0]
+    rate, distortion = terms[1:].sum(0), terms[0]
     parts = {"total": rate + distortion, "rate": rate, "distortion": distortion}
     for name, bits in parts.items():
         error = bits.std(correction=0) / len(bits) ** 0.5
         say(f"{name:12} {bits.mean():7.4f} +- {error:.4f} bits/dim")
-    rmse = 127.5 * errors.mean(0).sqrt()
-    terms = terms.mean(0)
-    say("\nFig. 5: once x_t is known\n     t  bits/dim  error of x_0, of 255")
-    for t in dict.fromkeys(T * k // 1000 for k in (999, 800, 600, 400, 200, 100, 50, 20, 10, 0)):
-        say(f"{t:6} {terms[t + 1 :].sum():9.4f} {rmse[t]:13.2f}")
 
 
 INCEPTION = (
@@ -1289,11 +1273,13 @@ def load_inception(file=None, device="cpu"):
     """TensorFlow's Inception of 2015: uint8 (B, 1 or 3, H, W) -> (features (B, 2048), class
     probabilities (B, 1008)). The weights of a file, or fetched once. Raises UserError."""
     net = models.Inception3(1008, aux_logits=False, init_weights=False)
-    fetch = functools.partial(
-        torch.hub.load_state_dict_from_url, check_hash=True, weights_only=True
-    )
     try:
-        net.load_state_dict(load_tensors(file) if file else fetch(INCEPTION, map_location="cpu"))
+        if file:
+            weights = load_tensors(file)
+        else:
+            how = {"map_location": "cpu", "check_hash": True, "weights_only": True}
+            weights = torch.hub.load_state_dict_from_url(INCEPTION, **how)
+        net.load_state_dict(weights)
     except (OSError, RuntimeError, TypeError, UserError) as error:
         why = f"no Inception ({error!s:.60})"
         raise UserError(f"{why}: fetch {INCEPTION} for --inception-weights") from error
@@ -1311,33 +1297,41 @@ def load_inception(file=None, device="cpu"):
     return inception
 
 
-def gaussian_of(batches):
-    """Number, mean (D,) and covariance (D, D) in float64, of features in batches (B, D)."""
-    n, total, products = 0, 0, 0
-    for features in batches:
-        features = features.double()
-        n += len(features)
-        total = total + features.sum(0)
-        products = products + features.T @ features
-    mean = total / n
-    return n, mean, (products - n * mean.outer(mean)) / max(1, n - 1)
+def features_of(batches, inception):
+    """What `load_inception`'s function gives for all pictures of the batches, 16 at a time."""
+    features, probabilities = [], []
+    for batch in batches:
+        for part in batch.split(16):
+            part_features, part_probabilities = inception(part)
+            features.append(part_features)
+            probabilities.append(part_probabilities)
+    return torch.cat(features), torch.cat(probabilities)
+
+
+def gaussian_of(features):
+    """Mean (D,) and covariance (D, D), in float64, of features (N, D)."""
+    mean = features.mean(0, dtype=torch.float64)
+    products = 0
+    for part in features.split(1024):  # all of them in float64 may not fit
+        centred = part.double() - mean
+        products = products + centred.T @ centred
+    return mean, products / max(1, len(features) - 1)
 
 
 def frechet_distance(a, b):
-    """FID (Heusel et al. 2017) of two sets of features (N, D), or of their `gaussian_of`:
+    """FID (Heusel et al. 2017) of two sets of features (N, D):
     |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))."""
-    _, mean_a, cov_a = gaussian_of([a]) if torch.is_tensor(a) else a
-    _, mean_b, cov_b = gaussian_of([b]) if torch.is_tensor(b) else b
+    mean_a, cov_a = gaussian_of(a)
+    mean_b, cov_b = gaussian_of(b)
     roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()  # rounding can pass 0
     return ((mean_a - mean_b).square().sum() + (cov_a + cov_b).trace() - 2 * roots.sum()).item()
 
 
 def inception_score(probabilities, splits=10):
     """IS (Salimans et al. 2016), exp E KL(p(y|x) || p(y)): mean and deviation of so many splits."""
-    n = len(probabilities)
     scores = []
-    for i in range(splits):
-        p = probabilities[i * n // splits : (i + 1) * n // splits].double()
+    for part in probabilities.tensor_split(splits):
+        p = part.double()
         kl = (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1)
         scores.append(kl.mean().exp().item())
     return np.mean(scores), np.std(scores)
@@ -1355,47 +1349,56 @@ def size_of(folder):
     return next(iter(sizes), (1, 1))
 
 
+def new_pictures(args, model, diffusion, config, n):
+    """Yields n samples, as the flags of the command line say, in batches: uint8 (B, C, H, W)."""
+    states = draw_as_told(args, model, diffusion, config, n)
+    batches = (to_uint8(x_t) for _, left, x_t in states if left == 0)
+    total = math.ceil(n / args.batch_size)
+    return progress(batches, "sampling, batch", total, images=args.batch_size)
+
+
 def eval_command(args):
-    """`eval`: the bound and Fig. 5 (Sec. 4.3); FID and Inception Score of new or given samples."""
+    """`eval`: bits/dim of the network (Sec. 4.3); FID and Inception Score of samples."""
     metrics = args.metrics or (["fid", "is"] if args.samples else ["bpd"])
-    data, n = args.data, args.n or 50_000
-    # all that can be missing is looked for before anything is computed
-    if "bpd" in metrics or not args.samples:
-        model, diffusion, config, _ = load_network(args)
-        states = draw_as_told(args, model, diffusion, config, n)
-        batches = (to_uint8(x_t) for _, left, x_t in states if left == 0)
-        total = math.ceil(n / args.batch_size)
-        batches = progress(batches, "sampling, batch", total, images=args.batch_size)
-        data, size, channels = data or config.data, config.shape(1)[2:], config.channels
-        made = f"samples in {args.ddim_steps or config.timesteps} steps, eta {args.eta}"
     if args.samples:
-        samples, made = Folder(args.samples), f"pictures of {args.samples}"
-        n, size, channels = len(samples), size_of(samples), 3
-        batches = read_pictures(samples, size, channels, what="reading samples")
+        if "bpd" in metrics:
+            raise UserError("--samples have no bits/dim, networks have: leave out bpd or --samples")
+        folder = Folder(args.samples)
+        n, size, channels, data = len(folder), size_of(folder), 3, args.data
+        batches = read_pictures(folder, size, channels, what="reading samples")
+        source = f"pictures of {args.samples}"
+    else:
+        model, diffusion, config, _ = load_network(args)
+        n, size, channels = args.n or 50_000, config.shape(1)[2:], config.channels
+        data = args.data or config.data
+        batches = new_pictures(args, model, diffusion, config, n)
+        steps = args.ddim_steps or config.timesteps
+        source = f"samples in {steps} steps, eta {args.eta}, amp {args.amp}"
+
+    # what can be missing is looked for before anything is computed
     if "is" in metrics and n < 10:
         raise UserError(f"10 splits of an Inception Score need at least 10 pictures, not {n}")
     if "fid" in metrics:
         training_set = find_dataset(data, train=True)
-    if metrics != ["bpd"]:
+    if "fid" in metrics or "is" in metrics:
         inception = load_inception(args.inception_weights, pick_device(args.device, args.amp)[0])
 
     if "bpd" in metrics:
         print_bound(model, diffusion, config, data, args)
     if metrics == ["bpd"]:
         return 0
-    answers = [inception(part) for batch in batches for part in batch.split(16)]
-    features, probabilities = zip(*answers)
-    made = f"{sum(map(len, features))} {made}, amp {args.amp}"
+    features, probabilities = features_of(batches, inception)
+    source = f"{len(features)} {source}"
     if n < 10_000:
         say("fewer than 10,000 pictures: FID comes out too high, Inception Score too low")
     if "fid" in metrics:
         batches = read_pictures(training_set, size, channels, what="features of the training set")
-        theirs = gaussian_of(inception(part)[0] for batch in batches for part in batch.split(16))
-        fid = frechet_distance(gaussian_of(features), theirs)
-        say(f"FID {fid:.3f} of {made}, against {theirs[0]} training pictures of {data!r}")
+        theirs, _ = features_of(batches, inception)
+        fid = frechet_distance(features, theirs)
+        say(f"FID {fid:.3f} of {source}, against {len(theirs)} training pictures of {data!r}")
     if "is" in metrics:
-        mean, deviation = inception_score(torch.cat(probabilities))
-        say(f"Inception Score {mean:.3f} +- {deviation:.3f} of {made}")
+        mean, deviation = inception_score(probabilities)
+        say(f"Inception Score {mean:.3f} +- {deviation:.3f} of {source}")
     return 0
 
 
@@ -1440,13 +1443,14 @@ def checkpoint_config(args, given):
     return config, checkpoint, path
 
 
-def log_names(args, data):
-    """Where a new run can write log.csv: in --out, else in runs/NAME, runs/NAME-2, ..."""
-    if args.out:
-        return [Path(args.out, "log.csv")]
-    name = Path(os.path.abspath(data)).name if os.path.isdir(data) else data.replace("/", "-")
-    suffixes = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
-    return (Path("runs", name + suffix, "log.csv") for suffix in suffixes)
+def log_names(data):
+    """Yields where a new run can write log.csv: in runs/NAME, runs/NAME-2, ..."""
+    name = data.replace("/", "-")
+    if Path(data).is_dir():
+        name = Path(os.path.abspath(data)).name
+    yield Path("runs", name, "log.csv")
+    for i in itertools.count(2):
+        yield Path("runs", f"{name}-{i}", "log.csv")
 
 
 def train_command(args):
@@ -1469,7 +1473,8 @@ def train_command(args):
     with contextlib.ExitStack() as stack:
         out = path.parent if args.resume else Path()
         if RANK == 0 and not args.resume:
-            out = stack.enter_context(new_file(log_names(args, config.data))).parent
+            logs = [Path(args.out, "log.csv")] if args.out else log_names(config.data)
+            out = stack.enter_context(new_file(logs)).parent
         pictures = load_pictures(config.data, config)
         if pictures.numel() <= config.cache_gb * 2**30:
             pictures = pictures.to(device)
