@@ -527,19 +527,24 @@ def say(text, end="\n"):
 
 
 def progress(items, what, total, first=0, images=0, notes=()):
-    """Yields items, of so many images each; shows how far they are, in a file every 30 s."""
+    """Yields items, of so many images each, and shows how far they are: in a terminal at once,
+    in a file every 30 s. The caller may change the list of notes on the way."""
     terminal = in_terminal()
+    pause = 0.1 if terminal else 30
     start = shown = time.perf_counter()
     for done, item in enumerate(items, first + 1):
         yield item
         now = time.perf_counter()
-        if done < total and now - shown < (0.1 if terminal else 30):
+        if done < total and now - shown < pause:
             continue
-        shown, pace = now, (now - start) / (done - first)
-        speed = [f"{images / pace:.3g} images/s"] if images else []
-        left = timedelta(seconds=round(pace * (total - done)))
-        end = "" if terminal and done < total else "\n"
-        say("  ".join([f"{what} {done}/{total}", *notes, *speed, f"{left} left"]), end)
+        shown = now
+        seconds_each = (now - start) / (done - first)
+        parts = [f"{what} {done}/{total}", *notes]
+        if images:
+            parts.append(f"{images / seconds_each:.3g} images/s")
+        left = timedelta(seconds=round(seconds_each * (total - done)))
+        parts.append(f"{left} left")
+        say("  ".join(parts), end="" if terminal and done < total else "\n")
 
 
 def to_unit(pictures):
@@ -600,16 +605,16 @@ class Folder:
         runs = {path.parent for path in Path(root).rglob("ckpt.pt")}
         self.paths, others = [], []
         for path in sorted(Path(root).rglob("*")):
-            hidden = "/." in f"/{path.relative_to(root).as_posix()}"
-            if hidden or path.is_dir() or not runs.isdisjoint(path.parents):
+            hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+            of_a_run = any(parent in runs for parent in path.parents)
+            if hidden or of_a_run or path.is_dir():
                 continue
             if path.suffix.lower() in endings:
                 self.paths.append(path)
             else:
                 others.append(path.suffix or path.name)
-        left_out = (
-            f"{len(others)} files of kinds that Pillow can't read: {' '.join(set(others)):.99}"
-        )
+        kinds = " ".join(sorted(set(others)))
+        left_out = f"{len(others)} files of kinds that Pillow can't read: {kinds:.99}"
         if not self.paths:
             raise UserError(f"{root} holds no images (looked for .png .jpg .webp ...; {left_out})")
         if others:
@@ -678,7 +683,7 @@ def read_pictures(dataset, size, channels, order=None, at_once=256, what=""):
     for `what`, shows how far it is. Raises UserError if none can be read.
     """
     order = order or range(len(dataset))
-    names = getattr(dataset, "paths", range(len(dataset)))
+    names = getattr(dataset, "paths", range(len(dataset)))  # a Folder's files, or numbers
 
     def read(i):
         try:
@@ -691,8 +696,10 @@ def read_pictures(dataset, size, channels, order=None, at_once=256, what=""):
 
     found = 0
     parts = [order[i : i + at_once] for i in range(0, len(order), at_once)]
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for part in progress(parts, f"{what}, batch", len(parts)) if what else parts:
+    if what:
+        parts = progress(parts, f"{what}, batch", len(parts))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes outside of Python's lock
+        for part in parts:
             pictures = [picture for picture in threads.map(read, part) if picture is not None]
             found += len(pictures)
             if pictures:
@@ -752,17 +759,21 @@ def some_pictures(data, config, n, seed):
 
 def pick_device(name, amp):
     """(device, dtype) of --device and --amp; dtype None is float32. Raises UserError."""
-    found = torch.accelerator.is_available()
-    best = torch.accelerator.current_accelerator().type if found else "cpu"
-    name = best if name == "auto" else name
+    best = "cpu"
+    if torch.accelerator.is_available():
+        best = torch.accelerator.current_accelerator().type
+    if name == "auto":
+        name = best
     if name not in ("cpu", best):
         raise UserError(f"--device {name}: torch finds none on this machine, use auto or cpu")
     if name == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    elif name == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older torch can't tell
+        can = torch.cpu.get_capabilities()
+        has_bf16 = can.get("amx_bf16", False) or can.get("avx512_bf16", False)
     else:  # without bf16 in hardware it is emulated, a hundred times slower
-        can = getattr(torch.cpu, "get_capabilities", dict)()  # older torch can't tell
-        has_bf16 = name == "cpu" and (can.get("amx_bf16") or can.get("avx512_bf16"))
+        has_bf16 = False
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = amp != "off"  # --amp off is float32, in convolutions too
     bf16 = amp == "bf16" or (amp == "auto" and has_bf16)
@@ -1117,40 +1128,47 @@ def draw_as_told(args, model, diffusion, config, n):
     return draw(diffusion, model, shape, args.seed, args.batch_size, args.ddim_steps, args.eta)
 
 
+def save_each(pictures, folder, first):
+    """Saves pictures, uint8 (N, C, H, W), in files numbered from `first`."""
+    for i, picture in enumerate(pictures, first):
+        replace_file(folder / f"{i:06}.png", to_pil_image(picture).save)
+
+
 def sample_command(args):
     """`sample`: new pictures as a grid; if asked for, also one by one and as an animation."""
     model, diffusion, config, path = load_network(args)
     n = args.n or 64
     states = draw_as_told(args, model, diffusion, config, n)
     steps = args.ddim_steps or diffusion.timesteps
-    in_gif = set(np.linspace(0, steps - 1, 60).round())  # numbers of steps left
+    in_gif = set(np.linspace(0, steps - 1, 60).round())  # the steps left at its frames
     names = (path.with_name(f"samples-{i:03}.png") for i in itertools.count())
     if args.out:
         names = [Path(args.out.removesuffix(".png") + ".png")]
-    with new_file(names) as out, contextlib.ExitStack() as files:
+    with new_file(names) as out, contextlib.ExitStack() as stack:
         folder, gif = out.with_suffix(""), out.with_suffix(".gif")
         written = [out]
         if args.individual:
             folder.mkdir()
             written.append(folder)
         if args.gif:
-            written.append(files.enter_context(new_file([gif])))
+            stack.enter_context(new_file([gif]))
+            written.append(gif)
         pictures, frames = [], []
         total = math.ceil(n / args.batch_size) * steps
         for first, left, x_t in progress(states, "sampling, step", total):
-            if args.gif and first == 0 and left in in_gif:  # the first batch
+            if args.gif and first == 0 and left in in_gif:
                 frames.append(grid(to_uint8(x_t)))
-            if left > 0:
-                continue
-            pictures.append(to_uint8(x_t).cpu())
-            for i, picture in enumerate(pictures[-1] if args.individual else (), first):
-                replace_file(folder / f"{i:06}.png", grid(picture[None]).save)
+            if left == 0:
+                batch = to_uint8(x_t).cpu()
+                pictures.append(batch)
+                if args.individual:
+                    save_each(batch, folder, first)
         replace_file(out, grid(torch.cat(pictures)).save)
         if args.gif:
             how = {"save_all": True, "append_images": frames[1:], "duration": 60, "loop": 0}
             replace_file(gif, lambda file: frames[0].save(file, **how))
-    seed = f"seed {args.seed}; for others: --seed {args.seed + 1}"
-    say(f"wrote {n} pictures, {seed}: {', '.join(map(str, written))}")
+    names = ", ".join(map(str, written))
+    say(f"wrote {names}: {n} pictures of seed {args.seed}; for others: --seed {args.seed + 1}")
     return 0
 
 
@@ -1405,21 +1423,36 @@ def eval_command(args):
 # 8. The command line
 
 
+def given_settings(args):
+    """The fields of Config that the command line names, as a dictionary."""
+    given = {}
+    for field in dataclasses.fields(Config):
+        value = getattr(args, field.name)
+        if isinstance(value, list):
+            value = tuple(value)
+        if value is not None:
+            given[field.name] = value
+    return given
+
+
 def preset_config(args, given):
-    """The Config of a preset with the flags given; some others follow the data and the size."""
+    """The Config of a preset, changed by the given settings; some follow the data and the size."""
     slow = args.device == "cpu" or not torch.accelerator.is_available()
-    config = dataclasses.asdict(PRESETS[args.preset or ("tiny" if slow else "cifar10")])
-    if not slow and not args.preset and "steps" not in given:
+    preset = args.preset or ("tiny" if slow else "cifar10")
+    if preset == "cifar10" and not args.preset and "steps" not in given:
         say("800,000 steps of the paper's network; shorter: --steps N, minutes: --preset tiny")
+    settings = dataclasses.asdict(PRESETS[preset])
     data = given.get("data", "")
-    if data.partition("/")[0] in SETS and not Path(data).is_dir():
-        _, config["channels"], config["flip"] = SETS[data.partition("/")[0]]
-    config |= given
+    name = data.partition("/")[0]
+    if name in SETS and not Path(data).is_dir():
+        _, settings["channels"], settings["flip"] = SETS[name]
+    settings |= given
     if "attention_resolutions" not in given:  # the preset's, if the network has them
-        sizes = Config(**config | {"attention_resolutions": ()}).sizes()
-        kept = [size for size in config["attention_resolutions"] if size in sizes]
-        config["attention_resolutions"] = tuple(kept or sizes[-1:])
-    return Config(**config)
+        wanted = settings.pop("attention_resolutions")
+        sizes = Config(**settings, attention_resolutions=()).sizes()
+        kept = [size for size in wanted if size in sizes]
+        settings["attention_resolutions"] = tuple(kept or sizes[-1:])
+    return Config(**settings)
 
 
 def checkpoint_config(args, given):
@@ -1431,7 +1464,8 @@ def checkpoint_config(args, given):
         if given.get(field.name, value) != value:
             raise UserError(f"{path} has {flag_of(field.name)} {value}, which can't be changed")
     if args.init_from:
-        checkpoint |= {"step": 0, "model": checkpoint["ema"]}
+        checkpoint["step"] = 0
+        checkpoint["model"] = checkpoint["ema"]
         return dataclasses.replace(learned, **({"data": ""} | given)), checkpoint, path
     config = dataclasses.replace(learned, **given)
     if "optimizer" not in checkpoint:
@@ -1455,11 +1489,7 @@ def log_names(data):
 
 def train_command(args):
     """`train`: a preset or a checkpoint, changed by the flags given, trains on --data."""
-    given = {}
-    for field in dataclasses.fields(Config):
-        value = getattr(args, field.name)
-        if value is not None:
-            given[field.name] = tuple(value) if field.type is tuple else value
+    given = given_settings(args)
     checkpoint = None
     if args.resume or args.init_from:
         config, checkpoint, path = checkpoint_config(args, given)

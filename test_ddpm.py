@@ -1154,7 +1154,7 @@ def test_output_may_go_to_a_notebook_or_nowhere(trained, monkeypatch):
     for stream in (notebook, io.StringIO(), None):
         monkeypatch.setattr(sys, "stdout", stream)
         do(f"sample -n 1 {CPU}")
-    assert "wrote 1 pictures" in "".join(lines)
+    assert "1 pictures of seed 0" in "".join(lines)
 
 
 # The program in processes of its own, as a user starts it
