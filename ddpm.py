@@ -105,9 +105,10 @@ class Config:
             raise UserError(f"--base-channels {self.base_channels} must be a multiple of 32")
         if not self.channel_mults:
             raise UserError("--channel-mults needs at least one number")
-        if self.image_size % 2 ** (len(self.channel_mults) - 1):
-            levels = f"{len(self.channel_mults)} levels need its halves: 32, or fewer"
-            raise UserError(f"--image-size {self.image_size}: {levels} --channel-mults")
+        halvings = len(self.channel_mults) - 1
+        if self.image_size % 2**halvings:
+            problem = f"--image-size {self.image_size} can't be halved {halvings} times"
+            raise UserError(f"{problem}: use another, such as 32, or fewer --channel-mults")
         for size in self.attention_resolutions:
             if size not in self.sizes():
                 raise UserError(f"--attention-resolutions {size} must be among {self.sizes()}")
@@ -1375,7 +1376,7 @@ def new_pictures(args, model, diffusion, config, n):
 
 def eval_command(args):
     """`eval`: bits/dim of the network (Sec. 4.3); FID and Inception Score of samples."""
-    metrics = args.metrics or (["fid", "is"] if args.samples else ["bpd"])
+    metrics = set(args.metrics or (["fid", "is"] if args.samples else ["bpd"]))
     if args.samples:
         if "bpd" in metrics:
             raise UserError("--samples have no bits/dim, networks have: leave out bpd or --samples")
@@ -1401,7 +1402,7 @@ def eval_command(args):
 
     if "bpd" in metrics:
         print_bound(model, diffusion, config, data, args)
-    if metrics == ["bpd"]:
+    if metrics == {"bpd"}:
         return 0
     features, probabilities = features_of(batches, inception)
     source = f"{len(features)} {source}"
