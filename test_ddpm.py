@@ -733,6 +733,21 @@ def test_ema_is_the_weighted_sum_of_all_past_weights():
         assert ema.weight.item() == approx(expected, abs=1e-5)
 
 
+def test_half_of_the_pictures_are_mirrored(monkeypatch):
+    seen = []
+
+    def loss(diffusion, model, x_0):
+        seen.append(x_0)
+        return model(x_0, torch.zeros(len(x_0))).sum()
+
+    monkeypatch.setattr(ddpm.Diffusion, "loss", loss)
+    folder_of_shapes(1)
+    do(f"train --data images {FAST} --batch-size 400 --steps 1 --timesteps 2")
+    mirrored = ddpm.to_unit(read("images")).flip(3)
+    same = (seen[0] == mirrored).flatten(1).all(1)
+    assert same.sum().item() == approx(200, abs=50)
+
+
 def test_adams_rate_rises_is_constant_and_may_fall_to_0():
     folder_of_shapes(1)
     command = f"train --data images {FAST} --log-every 1 --lr 0.1 --warmup 4 --steps 10"
