@@ -108,7 +108,10 @@ class Config:
         halvings = len(self.channel_mults) - 1
         if self.image_size % 2**halvings:
             problem = f"--image-size {self.image_size} can't be halved {halvings} times"
-            raise UserError(f"{problem}: use another, such as 32, or fewer --channel-mults")
+            while self.image_size % 2**halvings:
+                halvings -= 1
+            shorter = " ".join(map(str, self.channel_mults[: halvings + 1]))
+            raise UserError(f"{problem}: use another, such as 32, or --channel-mults {shorter}")
         for size in self.attention_resolutions:
             if size not in self.sizes():
                 raise UserError(f"--attention-resolutions {size} must be among {self.sizes()}")
@@ -138,7 +141,7 @@ PRESETS = {
         batch_size=64,
         lr=2e-5,
     ),
-    "tiny": Config(  # ten minutes on two CPU cores, where 32x32 with many channels is slow
+    "tiny": Config(  # ten minutes on two CPU cores: few channels where the maps are large
         base_channels=32,
         channel_mults=(1, 1, 2, 4),
         num_res_blocks=1,
@@ -768,14 +771,13 @@ def pick_device(name, amp):
         name = best
     if name not in ("cpu", best):
         raise UserError(f"--device {name}: torch finds none on this machine, use auto or cpu")
+    has_bf16 = False  # without it in hardware it is emulated, a hundred times slower
     if name == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     elif name == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older torch can't tell
         can = torch.cpu.get_capabilities()
         has_bf16 = can.get("amx_bf16", False) or can.get("avx512_bf16", False)
-    else:  # without bf16 in hardware it is emulated, a hundred times slower
-        has_bf16 = False
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = amp != "off"  # --amp off is float32, in convolutions too
     bf16 = amp == "bf16" or (amp == "auto" and has_bf16)
@@ -818,6 +820,7 @@ def new_file(paths):
     Raises UserError if none is free.
     """
     for path in paths:
+        had_folder = path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             path.open("x").close()
@@ -829,6 +832,9 @@ def new_file(paths):
     finally:
         if path.exists() and path.stat().st_size == 0:
             path.unlink()
+            if not had_folder:
+                with contextlib.suppress(OSError):  # there are other files by now
+                    path.parent.rmdir()
 
 
 # The authors' weights are published in the diffusers library's layout; config.json must say this:
@@ -900,16 +906,19 @@ def load_checkpoint(path):
     try:
         published = path.name == "diffusion_pytorch_model.bin"
         checkpoint = read_published(path) if published else load_tensors(path)
+        missing = {"config", "step", "log", "model", "ema"} - set(checkpoint)
+        if missing:
+            raise ValueError(f"without {', '.join(sorted(missing))}")
         return checkpoint, Config(**checkpoint["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no checkpoint of this ddpm.py ({error})") from error
 
 
-def load_weights(model, checkpoint, name):
-    """Copies a checkpoint's "model" or "ema" into a model. Raises UserError if it doesn't fit."""
+def load_weights(model, weights):
+    """Copies weights, tensors by name, into a model. Raises UserError if they don't fit."""
     try:
-        model.load_state_dict(checkpoint[name])
-    except (KeyError, RuntimeError, TypeError) as error:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
         raise UserError("the checkpoint's weights are not of the network it describes") from error
 
 
@@ -918,7 +927,7 @@ def load(path="", device="cpu"):
     path = find_checkpoint(path)
     checkpoint, config = load_checkpoint(path)
     model, diffusion = build(config, device)
-    load_weights(model, checkpoint, "ema")
+    load_weights(model, checkpoint["ema"])
     return model.eval().requires_grad_(False), diffusion, config
 
 
@@ -987,6 +996,11 @@ def draw(diffusion, model, shape, seed, batch_size, steps=0, eta=1.0):
             yield first, left, x_t
 
 
+def finished(states):
+    """The pictures among what `draw` yields, in batches: uint8 (B, C, H, W)."""
+    return (to_uint8(x_t) for _, left, x_t in states if left == 0)
+
+
 def try_replace_file(path, write):
     """replace_file for what a run can do without: a failure is a line."""
     try:
@@ -1013,8 +1027,8 @@ def start_run(config, device, checkpoint=None):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     run = Run(model, ema, torch.optim.Adam(model.parameters(), fused=True))
     if checkpoint:
-        load_weights(model, checkpoint, "model")
-        load_weights(ema, checkpoint, "ema")
+        load_weights(model, checkpoint["model"])
+        load_weights(ema, checkpoint["ema"])
     if checkpoint and checkpoint["step"] > 0:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         run.step, run.log = checkpoint["step"], checkpoint["log"]
@@ -1035,8 +1049,7 @@ def draw_grid(ema, diffusion, config, path, dtype, batch_size):
     model = in_precision(ema, diffusion.betas.device, dtype)
     steps = min(50, config.timesteps)
     states = draw(diffusion, model, config.shape(64), config.seed, batch_size, steps)
-    samples = [to_uint8(x_t) for _, left, x_t in states if left == 0]
-    try_replace_file(path, grid(torch.cat(samples)).save)
+    try_replace_file(path, grid(torch.cat(list(finished(states)))).save)
 
 
 def train(config, pictures, out, device, dtype, checkpoint=None, signals=()):
@@ -1127,12 +1140,6 @@ def draw_as_told(args, model, diffusion, config, n):
     return draw(diffusion, model, shape, args.seed, args.batch_size, args.ddim_steps, args.eta)
 
 
-def save_each(pictures, folder, first):
-    """Saves pictures, uint8 (N, C, H, W), in files numbered from `first`."""
-    for i, picture in enumerate(pictures, first):
-        replace_file(folder / f"{i:06}.png", to_pil_image(picture).save)
-
-
 def sample_command(args):
     """`sample`: new pictures as a grid; if asked for, also one by one and as an animation."""
     model, diffusion, config, path = load_network(args)
@@ -1160,14 +1167,15 @@ def sample_command(args):
             if left == 0:
                 batch = to_uint8(x_t).cpu()
                 pictures.append(batch)
-                if args.individual:
-                    save_each(batch, folder, first)
+                for i, picture in enumerate(batch, first):
+                    if args.individual:
+                        replace_file(folder / f"{i:06}.png", to_pil_image(picture).save)
         replace_file(out, grid(torch.cat(pictures)).save)
         if args.gif:
             how = {"save_all": True, "append_images": frames[1:], "duration": 60, "loop": 0}
             replace_file(gif, lambda file: frames[0].save(file, **how))
-    names = ", ".join(map(str, written))
-    say(f"wrote {names}: {n} pictures of seed {args.seed}; for others: --seed {args.seed + 1}")
+    files = ", ".join(map(str, written))
+    say(f"wrote {files}: {n} pictures of seed {args.seed}; for others: --seed {args.seed + 1}")
     return 0
 
 
@@ -1247,12 +1255,13 @@ def print_bound(model, diffusion, config, data, args):
         x_0 = to_unit(pictures[first : first + args.batch_size].to(diffusion.betas.device))
         numbers = range(first, first + len(x_0))
         randn_like = seeded_randn_like(args.seed, numbers, x_0.device)
-        terms = diffusion.bits_per_dim(model, x_0, randn_like)
         what = f"bits/dim, pictures {first + 1} to {first + len(x_0)}, step"
-        tables.append(torch.stack(list(progress(terms, what, diffusion.timesteps + 1))))
-    terms = torch.cat(tables, 1).cpu()  # (T + 1, N): L_0..L_T
+        terms = diffusion.bits_per_dim(model, x_0, randn_like)
+        terms = list(progress(terms, what, diffusion.timesteps + 1))
+        tables.append(torch.stack(terms))
+    table = torch.cat(tables, 1).cpu()  # (T + 1, N): L_0..L_T
 
-    rate, distortion = terms[1:].sum(0), terms[0]
+    rate, distortion = table[1:].sum(0), table[0]
     parts = {"total": rate + distortion, "rate": rate, "distortion": distortion}
     for name, bits in parts.items():
         error = bits.std(correction=0) / len(bits) ** 0.5
@@ -1366,31 +1375,24 @@ def size_of(folder):
     return next(iter(sizes), (1, 1))
 
 
-def new_pictures(args, model, diffusion, config, n):
-    """Yields n samples, as the flags of the command line say, in batches: uint8 (B, C, H, W)."""
-    states = draw_as_told(args, model, diffusion, config, n)
-    batches = (to_uint8(x_t) for _, left, x_t in states if left == 0)
-    total = math.ceil(n / args.batch_size)
-    return progress(batches, "sampling, batch", total, images=args.batch_size)
-
-
 def eval_command(args):
     """`eval`: bits/dim of the network (Sec. 4.3); FID and Inception Score of samples."""
     metrics = set(args.metrics or (["fid", "is"] if args.samples else ["bpd"]))
-    if args.samples:
-        if "bpd" in metrics:
-            raise UserError("--samples have no bits/dim, networks have: leave out bpd or --samples")
-        folder = Folder(args.samples)
-        n, size, channels, data = len(folder), size_of(folder), 3, args.data
-        batches = read_pictures(folder, size, channels, what="reading samples")
-        source = f"pictures of {args.samples}"
-    else:
+    data = args.data
+    if "bpd" in metrics or not args.samples:
         model, diffusion, config, _ = load_network(args)
         n, size, channels = args.n or 50_000, config.shape(1)[2:], config.channels
-        data = args.data or config.data
-        batches = new_pictures(args, model, diffusion, config, n)
+        data = data or config.data
+        batches = finished(draw_as_told(args, model, diffusion, config, n))
+        total = math.ceil(n / args.batch_size)
+        batches = progress(batches, "sampling, batch", total, images=args.batch_size)
         steps = args.ddim_steps or config.timesteps
         source = f"samples in {steps} steps, eta {args.eta}, amp {args.amp}"
+    if args.samples:
+        folder = Folder(args.samples)
+        n, size, channels = len(folder), size_of(folder), 3
+        batches = read_pictures(folder, size, channels, what="reading samples")
+        source = f"pictures of {args.samples}"
 
     # what can be missing is looked for before anything is computed
     if "is" in metrics and n < 10:
@@ -1405,33 +1407,21 @@ def eval_command(args):
     if metrics == {"bpd"}:
         return 0
     features, probabilities = features_of(batches, inception)
-    source = f"{len(features)} {source}"
+    made = f"{len(features)} {source}"
     if n < 10_000:
         say("fewer than 10,000 pictures: FID comes out too high, Inception Score too low")
     if "fid" in metrics:
         batches = read_pictures(training_set, size, channels, what="features of the training set")
         theirs, _ = features_of(batches, inception)
         fid = frechet_distance(features, theirs)
-        say(f"FID {fid:.3f} of {source}, against {len(theirs)} training pictures of {data!r}")
+        say(f"FID {fid:.3f} of {made}, against {len(theirs)} training pictures of {data!r}")
     if "is" in metrics:
         mean, deviation = inception_score(probabilities)
-        say(f"Inception Score {mean:.3f} +- {deviation:.3f} of {source}")
+        say(f"Inception Score {mean:.3f} +- {deviation:.3f} of {made}")
     return 0
 
 
 # 8. The command line
-
-
-def given_settings(args):
-    """The fields of Config that the command line names, as a dictionary."""
-    given = {}
-    for field in dataclasses.fields(Config):
-        value = getattr(args, field.name)
-        if isinstance(value, list):
-            value = tuple(value)
-        if value is not None:
-            given[field.name] = value
-    return given
 
 
 def preset_config(args, given):
@@ -1449,7 +1439,10 @@ def preset_config(args, given):
     if "attention_resolutions" not in given:  # the preset's, if the network has them
         wanted = settings.pop("attention_resolutions")
         sizes = Config(**settings, attention_resolutions=()).sizes()
-        settings["attention_resolutions"] = tuple(size for size in wanted if size in sizes)
+        kept = [size for size in wanted if size in sizes]
+        if wanted and not kept:
+            kept = sizes[-1:]
+        settings["attention_resolutions"] = tuple(kept)
     return Config(**settings)
 
 
@@ -1487,7 +1480,11 @@ def log_names(data):
 
 def train_command(args):
     """`train`: a preset or a checkpoint, changed by the flags given, trains on --data."""
-    given = given_settings(args)
+    given = {}
+    for field in dataclasses.fields(Config):
+        value = getattr(args, field.name)
+        if value is not None:
+            given[field.name] = tuple(value) if field.type is tuple else value
     checkpoint = None
     if args.resume or args.init_from:
         config, checkpoint, path = checkpoint_config(args, given)
