@@ -645,16 +645,16 @@ def find_dataset(data, train):
     name, _, label = data.partition("/")
     if data and Path(data).is_dir():
         if name in SETS:
-            say(f"--data {data}: taken is the folder ./{data}, not the set of that name")
+            say(f"--data {data}: using the folder ./{data}, not the data set of that name")
         return Folder(data)
     if name == "flowers102":  # torchvision's own needs scipy to read its labels
         raise UserError("--data flowers102: unpack its archive and name the folder")
     if name not in SETS:
-        raise UserError(f"--data {data!r} is no folder, nor one of {', '.join(SETS)}")
+        raise UserError(f"--data {data!r} is neither a folder nor one of {', '.join(SETS)}")
     try:
         dataset = SETS[name][0]("data", train=train, download=True)
     except (OSError, RuntimeError) as error:  # no network, or a damaged download
-        raise UserError(f"can't get {name} into ./data ({error}): try again") from error
+        raise UserError(f"can't download {name} to ./data ({error}): try again") from error
     if not label:
         return dataset
     classes = [name.lower() for name in dataset.classes]
@@ -826,7 +826,7 @@ def new_file(paths):
             path.open("x").close()
             break
     else:
-        raise UserError(f"{path} is there already: name another --out")
+        raise UserError(f"{path} already exists: choose another --out")
     try:
         yield path
     finally:
@@ -857,7 +857,7 @@ def load_tensors(path):
     except OSError:
         raise
     except Exception as error:  # its unpickler may raise anything on a damaged file
-        raise UserError(f"{path} is damaged, or no file of torch.save") from error
+        raise UserError(f"{path} is damaged, or was not written by torch.save") from error
 
 
 def read_published(path):
@@ -892,7 +892,7 @@ def find_checkpoint(name=""):
     if not name:
         runs = sorted(Path("runs").rglob("ckpt.pt"), key=os.path.getmtime)
         if not runs:
-            raise UserError("there is no run below ./runs: train first, or name a checkpoint")
+            raise UserError("no run below ./runs: train first, or name a checkpoint")
         return runs[-1]
     files = ("", "ckpt.pt", "diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.bin")
     for file in files:
@@ -908,10 +908,10 @@ def load_checkpoint(path):
         checkpoint = read_published(path) if published else load_tensors(path)
         missing = {"config", "step", "log", "model", "ema"} - set(checkpoint)
         if missing:
-            raise ValueError(f"without {', '.join(sorted(missing))}")
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
         return checkpoint, Config(**checkpoint["config"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no checkpoint of this ddpm.py ({error})") from error
+        raise UserError(f"{path} is not a checkpoint of this ddpm.py ({error})") from error
 
 
 def load_weights(model, weights):
@@ -919,7 +919,7 @@ def load_weights(model, weights):
     try:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
-        raise UserError("the checkpoint's weights are not of the network it describes") from error
+        raise UserError("the checkpoint's weights don't fit the network it describes") from error
 
 
 def load(path="", device="cpu"):
@@ -1175,7 +1175,7 @@ def sample_command(args):
             how = {"save_all": True, "append_images": frames[1:], "duration": 60, "loop": 0}
             replace_file(gif, lambda file: frames[0].save(file, **how))
     files = ", ".join(map(str, written))
-    say(f"wrote {files}: {n} pictures of seed {args.seed}; for others: --seed {args.seed + 1}")
+    say(f"wrote {files}: {n} pictures of seed {args.seed}; for others use --seed {args.seed + 1}")
     return 0
 
 
@@ -1429,7 +1429,7 @@ def preset_config(args, given):
     slow = args.device == "cpu" or not torch.accelerator.is_available()
     preset = args.preset or ("tiny" if slow else "cifar10")
     if preset == "cifar10" and not args.preset and "steps" not in given:
-        say("800,000 steps of the paper's network; shorter: --steps N, minutes: --preset tiny")
+        say("training the paper's network for 800,000 steps; for less, --steps N or --preset tiny")
     settings = dataclasses.asdict(PRESETS[preset])
     data = given.get("data", "")
     name = data.partition("/")[0]
@@ -1460,11 +1460,11 @@ def checkpoint_config(args, given):
         return dataclasses.replace(learned, **({"data": ""} | given)), checkpoint, path
     config = dataclasses.replace(learned, **given)
     if "optimizer" not in checkpoint:
-        raise UserError(f"{path} has weights alone: fine-tune them with --init-from")
+        raise UserError(f"{path} holds only weights: fine-tune them with --init-from")
     if checkpoint["step"] >= config.steps:
-        raise UserError(f"{path} has had its {checkpoint['step']} steps: give it more with --steps")
+        raise UserError(f"{path} is finished after {checkpoint['step']} steps: raise --steps")
     if config.data != learned.data and not args.out:
-        raise UserError(f"{path} learns from {learned.data!r}: name another run with --out")
+        raise UserError(f"{path} was trained on {learned.data!r}: name another run with --out")
     return config, checkpoint, path
 
 
@@ -1514,7 +1514,7 @@ def train_command(args):
     if stopped:
         say(f"stopped and saved; to resume: python ddpm.py train --resume --out {out}")
         return 128 + stopped
-    say(f"trained; for new pictures: python ddpm.py sample --ckpt {out / 'ckpt.pt'}")
+    say(f"training finished; to draw new pictures: python ddpm.py sample --ckpt {out / 'ckpt.pt'}")
     return 0
 
 

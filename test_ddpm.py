@@ -642,7 +642,7 @@ def test_data_is_a_folder_a_set_or_one_class_of_a_set(capsys):
         assert len(ddpm.find_dataset(data, train=True)) == number
     folder_of_shapes(2, "shapes")
     assert len(ddpm.find_dataset("shapes", train=True)) == 2
-    assert "taken is the folder" in capsys.readouterr().out
+    assert "using the folder" in capsys.readouterr().out
 
 
 def idx(array):
@@ -1110,7 +1110,7 @@ def test_samples_of_several_sizes_are_refused_by_naming_two(capsys):
 
 MISTAKES = [
     ("train", "--data ''"),
-    ("train --data nowhere", "--data 'nowhere' is no folder, nor one of shapes, mnist"),
+    ("train --data nowhere", "--data 'nowhere' is neither a folder nor one of shapes, mnist"),
     ("train --data images --steps x", "--steps: invalid int value: 'x'"),
     ("train --data images --lr nan", "--lr nan"),
     ("train --data images --batch-size 6 --accumulate 4", "--accumulate"),
@@ -1156,7 +1156,7 @@ def test_checkpoints_that_are_none_are_one_line(trained, capsys):
     for name in ("config", "weights", "bare", "other", "evil", "cut"):
         error = error_of(f"sample --ckpt {name}.pt {CPU}", capsys)
         error_of(f"train --init-from {name}.pt --data images {CPU}", capsys)
-        assert re.search("no checkpoint of this|not of the network it describes|damaged", error)
+        assert re.search("not a checkpoint of this|fit the network it describes|damaged", error)
     assert not Path("executed").exists()
 
 
