@@ -1153,10 +1153,11 @@ def test_checkpoints_that_are_none_are_one_line(trained, capsys):
     torch.save({"weights": torch.ones(3)}, "other.pt")
     torch.save(Evil(), "evil.pt")
     Path("cut.pt").write_bytes(Path("other.pt").read_bytes()[:100])
+    reasons = "not a checkpoint of this|don't fit the network it describes|damaged"
     for name in ("config", "weights", "bare", "other", "evil", "cut"):
         error = error_of(f"sample --ckpt {name}.pt {CPU}", capsys)
         error_of(f"train --init-from {name}.pt --data images {CPU}", capsys)
-        assert re.search("not a checkpoint of this|fit the network it describes|damaged", error)
+        assert re.search(reasons, error)
     assert not Path("executed").exists()
 
 
