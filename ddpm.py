@@ -64,7 +64,7 @@ class Config:
     # the network, and what its weights are learned for
     image_size: int = setting(32, "height and width of the pictures in pixels", 1)
     channels: int = setting(3, "3 for colour, 1 for grey", choices=(1, 3))
-    base_channels: int = setting(128, "channels at full resolution, a multiple of 32", 32)
+    base_channels: int = setting(128, "channels at full resolution, a multiple of 16", 16)
     channel_mults: tuple = setting((1, 2, 2, 2), "channels of each level, as multiples", 1)
     num_res_blocks: int = setting(2, "residual blocks a level going down, one more going up", 1)
     attention_resolutions: tuple = setting((16,), "feature map sizes with self-attention", 1)
@@ -101,8 +101,8 @@ class Config:
                 raise UserError(f"{flag_of(field.name)} {value} must be from {low} to {high:.15g}")
         if self.batch_size % self.accumulate:
             raise UserError(f"--batch-size {self.batch_size} must be a multiple of --accumulate")
-        if self.base_channels % 32:
-            raise UserError(f"--base-channels {self.base_channels} must be a multiple of 32")
+        if self.base_channels % 16:
+            raise UserError(f"--base-channels {self.base_channels} must be a multiple of 16")
         if not self.channel_mults:
             raise UserError("--channel-mults needs at least one number")
         halvings = len(self.channel_mults) - 1
@@ -142,12 +142,12 @@ PRESETS = {
         lr=2e-5,
     ),
     "tiny": Config(  # ten minutes on two CPU cores: few channels where the maps are large
-        base_channels=32,
-        channel_mults=(1, 1, 2, 4),
+        base_channels=16,
+        channel_mults=(1, 2, 4, 8),
         num_res_blocks=1,
         attention_resolutions=(),
         dropout=0.0,
-        steps=3000,
+        steps=3900,
         batch_size=32,
         lr=3e-3,
         warmup=200,
@@ -353,7 +353,7 @@ def sinusoidal_embedding(t, dim):
 
 def group_norm(channels):
     """GroupNorm in the paper's 32 groups; in thin networks of 4 channels: 1 would lose the time."""
-    groups = min(32, channels // 4)
+    groups = math.gcd(min(32, channels // 4), channels)  # must divide the channels
     return nn.GroupNorm(groups, channels, eps=1e-6)  # TensorFlow's eps, not PyTorch's
 
 
