@@ -76,6 +76,7 @@ class Config:
     batch_size: int = setting(128, "pictures in an optimiser step", 1)
     accumulate: int = setting(1, "passes that a batch is split into, to save memory", 1)
     lr: float = setting(2e-4, "peak learning rate of Adam")
+    adam_beta_2: float = setting(0.999, "Adam's decay of squared gradients", 0, 0.9999)
     warmup: int = setting(5000, "steps of linear learning-rate warm-up")
     lr_decay: float = setting(0.0, "last part of the run, in which the rate falls to 0", 0, 1)
     grad_clip: float = setting(1.0, "largest global norm of the gradient, 0 for any")
@@ -150,6 +151,7 @@ PRESETS = {
         steps=3900,
         batch_size=32,
         lr=3e-3,
+        adam_beta_2=0.99,
         warmup=200,
         lr_decay=0.8,
         ema_decay=0.995,
@@ -1025,7 +1027,8 @@ def start_run(config, device, checkpoint=None):
     torch.manual_seed(config.seed)
     model = UNet(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    run = Run(model, ema, torch.optim.Adam(model.parameters(), fused=True))
+    betas = 0.9, config.adam_beta_2
+    run = Run(model, ema, torch.optim.Adam(model.parameters(), betas=betas, fused=True))
     if checkpoint:
         load_weights(model, checkpoint["model"])
         load_weights(ema, checkpoint["ema"])
@@ -1127,7 +1130,7 @@ def load_network(args):
         if dtype and isinstance(layer, (nn.Conv2d, nn.Linear)):
             layer.to(dtype)  # once, where autocast would cast anew at every step
     if device.type == "cpu":
-        model.to(memory_format=torch.channels_last)  # 0.78 to 1.04 of the time, as measured
+        model.to(memory_format=torch.channels_last)  # 0.78 to 1.09 of the time, as measured
     say(f"{path}: {device.type} in {dtype or 'float32'}, seed {args.seed}")
     return in_precision(model, device, dtype, args.compile), diffusion, config, path
 
@@ -1253,8 +1256,7 @@ def print_bound(model, diffusion, config, data, args):
     tables = []
     for first in range(0, len(pictures), args.batch_size):
         x_0 = to_unit(pictures[first : first + args.batch_size].to(diffusion.betas.device))
-        numbers = range(first, first + len(x_0))
-        randn_like = seeded_randn_like(args.seed, numbers, x_0.device)
+        randn_like = seeded_randn_like(args.seed, range(first, first + len(x_0)), x_0.device)
         what = f"bits/dim, pictures {first + 1} to {first + len(x_0)}, step"
         terms = diffusion.bits_per_dim(model, x_0, randn_like)
         terms = list(progress(terms, what, diffusion.timesteps + 1))
