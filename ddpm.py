@@ -1027,8 +1027,7 @@ def start_run(config, device, checkpoint=None):
     torch.manual_seed(config.seed)
     model = UNet(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    betas = 0.9, config.adam_beta_2
-    run = Run(model, ema, torch.optim.Adam(model.parameters(), betas=betas, fused=True))
+    run = Run(model, ema, torch.optim.Adam(model.parameters(), fused=True))
     if checkpoint:
         load_weights(model, checkpoint["model"])
         load_weights(ema, checkpoint["ema"])
@@ -1079,7 +1078,7 @@ def train(config, pictures, out, device, dtype, checkpoint=None, signals=()):
     steps = range(run.step, config.steps)
     for step in progress(steps, "step", config.steps, run.step, config.batch_size, notes):
         lr = learning_rate(config, step)
-        run.optimizer.param_groups[0]["lr"] = lr
+        run.optimizer.param_groups[0].update(lr=lr, betas=(0.9, config.adam_beta_2))
         for i in range(RANK, passes, WORLD):
             torch.manual_seed(seed_of(config.seed, STEP, step, i))
             x_0 = to_unit(next(batches).to(device, non_blocking=True))

@@ -257,8 +257,7 @@ def test_reverse_mean_is_equation_11_where_nothing_is_clipped():
     for t in (0, 1, 300, 999):
         x_t = diffusion.q_sample(x_0, t, eps)
         p, found = diffusion.p_mean_variance(lambda x, t: eps, x_t, t)
-        mean = x_t - betas[t] / sqrt(1 - alpha_bars[t]) * eps
-        mean = mean / sqrt(1 - betas[t])
+        mean = (x_t - betas[t] / sqrt(1 - alpha_bars[t]) * eps) / sqrt(1 - betas[t])
         assert_close(p.mean, mean, atol=1e-4, rtol=0)
         assert_close(found, x_0, atol=2e-4, rtol=0)
 
@@ -266,10 +265,9 @@ def test_reverse_mean_is_equation_11_where_nothing_is_clipped():
 def test_variance_of_the_first_step_is_beta_tilde_of_the_second():
     betas, alpha_bars = paper_schedule()
     expected = betas[1] * (1 - alpha_bars[0]) / (1 - alpha_bars[1])
-    x_t = torch.zeros(1, 1, 1, 1)
     for variance in ("fixedlarge", "fixedsmall"):
         diffusion = ddpm.Diffusion(variance=variance)
-        p, _ = diffusion.p_mean_variance(no_noise, x_t, 0)
+        p, _ = diffusion.p_mean_variance(no_noise, torch.zeros(1, 1, 1, 1), 0)
         assert p.variance.item() == approx(expected, rel=1e-5)
 
 
@@ -761,9 +759,11 @@ def test_adams_rate_rises_is_constant_and_may_fall_to_0():
         do(f"{command} --lr-decay {decay} --out {decay}")
         rates = [float(row[2]) for row in log_rows(decay)]
         assert rates == approx(rise + fall, rel=1e-4)
-    do(f"{command} --steps 1 --out one")
+    do(f"{command} --steps 1 --adam-beta-2 0.95 --out one")
     moved = ckpt("one")["model"]["conv_out.weight"].abs()  # from 0, by Adam's rate, however steep
     assert moved.median().item() == approx(0.025, rel=1e-3)
+    adam = list(ckpt("one")["optimizer"]["state"].values())[-1]
+    assert_close(adam["exp_avg_sq"], (1 - 0.95) * (adam["exp_avg"] / (1 - 0.9)) ** 2)
 
 
 def test_every_step_draws_noise_of_its_own():
