@@ -142,7 +142,7 @@ PRESETS = {
         batch_size=64,
         lr=2e-5,
     ),
-    "tiny": Config(  # ten minutes on two CPU cores: few channels where the maps are large
+    "tiny": Config(  # twelve minutes on two CPU cores: few channels where the maps are large
         base_channels=16,
         channel_mults=(1, 2, 4, 8),
         num_res_blocks=1,
@@ -354,7 +354,7 @@ def sinusoidal_embedding(t, dim):
 
 
 def group_norm(channels):
-    """GroupNorm in the paper's 32 groups; in thin networks of 4 channels: 1 would lose the time."""
+    """GroupNorm in the paper's 32 groups, fewer if thin: groups of 1 channel would erase temb."""
     groups = math.gcd(min(32, channels // 4), channels)  # must divide the channels
     return nn.GroupNorm(groups, channels, eps=1e-6)  # TensorFlow's eps, not PyTorch's
 

@@ -762,7 +762,7 @@ def test_adams_rate_rises_is_constant_and_may_fall_to_0():
     do(f"{command} --steps 1 --adam-beta-2 0.95 --out one")
     moved = ckpt("one")["model"]["conv_out.weight"].abs()  # from 0, by Adam's rate, however steep
     assert moved.median().item() == approx(0.025, rel=1e-3)
-    adam = list(ckpt("one")["optimizer"]["state"].values())[-1]
+    adam = list(ckpt("one")["optimizer"]["state"].values())[-1]  # (1 - beta_1) g, (1 - beta_2) g^2
     assert_close(adam["exp_avg_sq"], (1 - 0.95) * (adam["exp_avg"] / (1 - 0.9)) ** 2)
 
 
