@@ -68,6 +68,7 @@ class Config:
     channel_mults: tuple = setting((1, 2, 2, 2), "channels of each level, as multiples", 1)
     num_res_blocks: int = setting(2, "residual blocks a level going down, one more going up", 1)
     attention_resolutions: tuple = setting((16,), "feature map sizes with self-attention", 1)
+    norm_groups: int = setting(32, "groups of a GroupNorm, fewer where channels are few", 1)
     timesteps: int = setting(1000, "T, the number of noising steps", 2)
     # training and sampling
     dropout: float = setting(0.1, "dropout inside the residual blocks", 0, 1)
@@ -147,15 +148,16 @@ PRESETS = {
         channel_mults=(1, 2, 4, 8),
         num_res_blocks=1,
         attention_resolutions=(),
+        norm_groups=1,  # groups of few channels would erase how bright a picture is
         dropout=0.0,
-        steps=1500,
+        steps=1600,
         batch_size=96,
         lr=5e-3,
         adam_beta_2=0.99,
         warmup=200,
         lr_decay=0.8,
         ema_decay=0.995,
-        save_every=500,
+        save_every=400,
     ),
 }
 
@@ -353,22 +355,22 @@ def sinusoidal_embedding(t, dim):
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-def group_norm(channels):
-    """GroupNorm in the paper's 32 groups, fewer if thin: groups of 1 channel would erase temb."""
-    groups = math.gcd(min(32, channels // 4), channels)  # must divide the channels
+def group_norm(config, channels):
+    """GroupNorm in the config's groups, fewer if thin: groups of 1 channel would erase temb."""
+    groups = math.gcd(min(config.norm_groups, channels // 4), channels)  # must divide the channels
     return nn.GroupNorm(groups, channels, eps=1e-6)  # TensorFlow's eps, not PyTorch's
 
 
 class ResBlock(nn.Module):
     """Convolutions beside a shortcut, told the time: (B, C_in, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, channels_in, channels, temb_channels, dropout):
+    def __init__(self, config, channels_in, channels):
         super().__init__()
-        self.norm1 = group_norm(channels_in)
+        self.norm1 = group_norm(config, channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(temb_channels, channels)
-        self.norm2 = group_norm(channels)
-        self.dropout = nn.Dropout(dropout)
+        self.time_emb_proj = nn.Linear(4 * config.base_channels, channels)
+        self.norm2 = group_norm(config, channels)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = nn.Identity()
         if channels_in != channels:
@@ -384,9 +386,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all positions, one head as wide as the channels: (B, C, H, W) -> same."""
 
-    def __init__(self, channels):
+    def __init__(self, config, channels):
         super().__init__()
-        self.group_norm = group_norm(channels)
+        self.group_norm = group_norm(config, channels)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -416,17 +418,15 @@ def upsample(channels):
 class Level(nn.Module):
     """The residual blocks of one feature map size, each followed by an attention or by nothing."""
 
-    def __init__(self, temb_channels, dropout):
+    def __init__(self):
         super().__init__()
-        self.temb_channels = temb_channels
-        self.dropout = dropout
         self.resnets = nn.ModuleList()
         self.attentions = nn.ModuleList()
 
-    def add(self, channels_in, channels, attend):
+    def add(self, config, channels_in, channels, attend):
         """Appends a residual block, and self-attention if it shall attend."""
-        self.resnets.append(ResBlock(channels_in, channels, self.temb_channels, self.dropout))
-        self.attentions.append(Attention(channels) if attend else nn.Identity())
+        self.resnets.append(ResBlock(config, channels_in, channels))
+        self.attentions.append(Attention(config, channels) if attend else nn.Identity())
 
 
 class UNet(nn.Module):
@@ -449,10 +449,10 @@ class UNet(nn.Module):
 
         self.down_blocks = nn.ModuleList()
         for size, mult in zip(sizes, config.channel_mults):
-            level = Level(temb_channels, config.dropout)
+            level = Level()
             for _ in range(config.num_res_blocks):
                 channels_in, channels = channels, config.base_channels * mult
-                level.add(channels_in, channels, size in config.attention_resolutions)
+                level.add(config, channels_in, channels, size in config.attention_resolutions)
                 skips.append(channels)
             level.downsamplers = nn.ModuleList()
             if size > sizes[-1]:
@@ -460,23 +460,23 @@ class UNet(nn.Module):
                 skips.append(channels)
             self.down_blocks.append(level)
 
-        self.mid_block = Level(temb_channels, config.dropout)
-        self.mid_block.add(channels, channels, attend=True)
-        self.mid_block.add(channels, channels, attend=False)
+        self.mid_block = Level()
+        self.mid_block.add(config, channels, channels, attend=True)
+        self.mid_block.add(config, channels, channels, attend=False)
 
         self.up_blocks = nn.ModuleList()
         for size, mult in zip(reversed(sizes), reversed(config.channel_mults)):
-            level = Level(temb_channels, config.dropout)
+            level = Level()
             for _ in range(config.num_res_blocks + 1):
                 channels_in = channels + skips.pop()
                 channels = config.base_channels * mult
-                level.add(channels_in, channels, size in config.attention_resolutions)
+                level.add(config, channels_in, channels, size in config.attention_resolutions)
             level.upsamplers = nn.ModuleList()
             if size < sizes[0]:
                 level.upsamplers.append(upsample(channels))
             self.up_blocks.append(level)
 
-        self.conv_norm_out = group_norm(channels)
+        self.conv_norm_out = group_norm(config, channels)
         self.conv_out = nn.Conv2d(channels, config.channels, 3, padding=1)
         for name, weights in self.named_parameters():
             if name.endswith(("bias", "conv2.weight", "to_out.0.weight", "conv_out.weight")):
@@ -1451,7 +1451,7 @@ def checkpoint_config(args, given):
     """(Config, checkpoint, its path) to resume, or with step 0 to fine-tune. Raises UserError."""
     path = find_checkpoint(args.init_from or args.out)
     checkpoint, learned = load_checkpoint(path)
-    for field in dataclasses.fields(Config)[:7]:  # what the weights are learned for
+    for field in dataclasses.fields(Config)[:8]:  # what the weights are learned for
         value = getattr(learned, field.name)
         if given.get(field.name, value) != value:
             raise UserError(f"{path} has {flag_of(field.name)} {value}, which can't be changed")

@@ -450,10 +450,10 @@ def test_embedding_is_sines_then_cosines_from_1_to_one_ten_thousandth():
 
 
 def test_attention_is_softmax_over_all_positions():
-    attention = ddpm.Attention(32)
+    attention = ddpm.Attention(ddpm.Config(norm_groups=2), 32)
     nn.init.normal_(attention.to_out[0].weight)
     x = randn(2, 32, 3, 3)
-    h = nn.functional.group_norm(x, 8, eps=1e-6)
+    h = nn.functional.group_norm(x, 2, eps=1e-6)
     rows = h.flatten(2).mT  # (B, positions, channels)
     q, k, v = attention.to_q(rows), attention.to_k(rows), attention.to_v(rows)
     weights = (q @ k.mT / sqrt(32)).softmax(2)
@@ -463,8 +463,8 @@ def test_attention_is_softmax_over_all_positions():
 
 
 def test_residual_block_is_its_formula():
-    block = ddpm.ResBlock(32, 64, 16, 0.0)
-    x, temb = randn(2, 32, 4, 4), randn(2, 16)
+    block = ddpm.ResBlock(ddpm.Config(base_channels=16, dropout=0.0), 32, 64)
+    x, temb = randn(2, 32, 4, 4), randn(2, 64)
     silu, group_norm = nn.functional.silu, nn.functional.group_norm
     h = block.conv1(silu(group_norm(x, 8, eps=1e-6)))
     h = h + block.time_emb_proj(silu(temb))[..., None, None]
@@ -814,7 +814,7 @@ def test_fine_tuning_starts_from_the_average_of_another_run(trained):
 
 
 def test_weights_are_not_used_for_what_they_did_not_learn(trained, capsys):
-    for change in ("--timesteps 7", "--base-channels 64", "--image-size 16", "--channels 1"):
+    for change in ("--timesteps 7", "--base-channels 64", "--norm-groups 4", "--channels 1"):
         flag, _ = change.split()
         for start in ("--resume", f"--init-from {trained} --data images"):
             error = error_of(f"train {start} {change} --steps 9 {CPU}", capsys)
