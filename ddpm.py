@@ -68,7 +68,7 @@ class Config:
     channel_mults: tuple = setting((1, 2, 2, 2), "channels of each level, as multiples", 1)
     num_res_blocks: int = setting(2, "residual blocks a level going down, one more going up", 1)
     attention_resolutions: tuple = setting((16,), "feature map sizes with self-attention", 1)
-    norm_groups: int = setting(32, "groups of a GroupNorm, fewer where channels are few", 1)
+    group_size: int = setting(4, "least channels of a GroupNorm's groups, 32 at most", 2, 16)
     timesteps: int = setting(1000, "T, the number of noising steps", 2)
     # training and sampling
     dropout: float = setting(0.1, "dropout inside the residual blocks", 0, 1)
@@ -148,7 +148,7 @@ PRESETS = {
         channel_mults=(1, 2, 4, 8),
         num_res_blocks=1,
         attention_resolutions=(),
-        norm_groups=1,  # groups of few channels would erase how bright a picture is
+        group_size=16,  # smaller groups would erase how bright a picture is
         dropout=0.0,
         steps=1600,
         batch_size=96,
@@ -356,8 +356,8 @@ def sinusoidal_embedding(t, dim):
 
 
 def group_norm(config, channels):
-    """GroupNorm in the config's groups, fewer if thin: groups of 1 channel would erase temb."""
-    groups = math.gcd(min(config.norm_groups, channels // 4), channels)  # must divide the channels
+    """GroupNorm in the paper's 32 groups, fewer if thin: groups of 1 channel would erase temb."""
+    groups = math.gcd(min(32, channels // config.group_size), channels)  # must divide the channels
     return nn.GroupNorm(groups, channels, eps=1e-6)  # TensorFlow's eps, not PyTorch's
 
 

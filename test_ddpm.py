@@ -450,7 +450,7 @@ def test_embedding_is_sines_then_cosines_from_1_to_one_ten_thousandth():
 
 
 def test_attention_is_softmax_over_all_positions():
-    attention = ddpm.Attention(ddpm.Config(norm_groups=2), 32)
+    attention = ddpm.Attention(ddpm.Config(group_size=16), 32)
     nn.init.normal_(attention.to_out[0].weight)
     x = randn(2, 32, 3, 3)
     h = nn.functional.group_norm(x, 2, eps=1e-6)
@@ -814,7 +814,7 @@ def test_fine_tuning_starts_from_the_average_of_another_run(trained):
 
 
 def test_weights_are_not_used_for_what_they_did_not_learn(trained, capsys):
-    for change in ("--timesteps 7", "--base-channels 64", "--norm-groups 4", "--channels 1"):
+    for change in ("--timesteps 7", "--base-channels 64", "--group-size 4", "--channels 1"):
         flag, _ = change.split()
         for start in ("--resume", f"--init-from {trained} --data images"):
             error = error_of(f"train {start} {change} --steps 9 {CPU}", capsys)
