@@ -143,7 +143,7 @@ PRESETS = {
         batch_size=64,
         lr=2e-5,
     ),
-    "tiny": Config(  # seven minutes on two CPU cores: few channels where the maps are large
+    "tiny": Config(  # minutes on two CPU cores: few channels where the maps are large
         base_channels=16,
         channel_mults=(1, 2, 4, 8),
         num_res_blocks=1,
