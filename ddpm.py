@@ -68,7 +68,7 @@ class Config:
     channel_mults: tuple = setting((1, 2, 2, 2), "channels of each level, as multiples", 1)
     num_res_blocks: int = setting(2, "residual blocks a level going down, one more going up", 1)
     attention_resolutions: tuple = setting((16,), "feature map sizes with self-attention", 1)
-    group_size: int = setting(4, "least channels of a GroupNorm's groups, 32 at most", 2, 16)
+    group_size: int = setting(4, "fewest channels of a GroupNorm group; at most 32 groups", 2, 16)
     timesteps: int = setting(1000, "T, the number of noising steps", 2)
     # training and sampling
     dropout: float = setting(0.1, "dropout inside the residual blocks", 0, 1)
