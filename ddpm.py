@@ -817,10 +817,7 @@ def replace_file(path, write):
 
 @contextlib.contextmanager
 def new_file(paths):
-    """The first of the paths that is free, as an empty file, which is removed if it stays empty.
-
-    Raises UserError if none is free.
-    """
+    """The first free path, as a file, removed if left empty. Raises UserError if none is free."""
     for path in paths:
         had_folder = path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1451,10 +1448,11 @@ def checkpoint_config(args, given):
     """(Config, checkpoint, its path) to resume, or with step 0 to fine-tune. Raises UserError."""
     path = find_checkpoint(args.init_from or args.out)
     checkpoint, learned = load_checkpoint(path)
-    for field in dataclasses.fields(Config)[:8]:  # what the weights are learned for
-        value = getattr(learned, field.name)
-        if given.get(field.name, value) != value:
-            raise UserError(f"{path} has {flag_of(field.name)} {value}, which can't be changed")
+    names = [field.name for field in dataclasses.fields(Config)]
+    for name in names[: names.index("dropout")]:  # what the weights are learned for
+        value = getattr(learned, name)
+        if given.get(name, value) != value:
+            raise UserError(f"{path} has {flag_of(name)} {value}, which can't be changed")
     if args.init_from:
         checkpoint["step"] = 0
         checkpoint["model"] = checkpoint["ema"]
