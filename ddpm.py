@@ -40,14 +40,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import nn
-from torch.distributions import Normal, kl_divergence
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from torchvision import datasets, models, utils
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake that the user can fix. It is printed as one line; the exit status is 2."""
 
 
@@ -163,158 +162,147 @@ PRESETS = {
 
 
 # 1. The diffusion process
-#
-# The paper counts steps 1..T and calls the clean picture x_0. Here, as in the released code, t runs
-# over 0..T-1, so that it indexes a table and is what the network is fed: t here is t + 1 in the
-# paper, alpha_bars[t] is its alpha_bar_{t+1}, and x_t with t = 0 already holds a little noise.
+# q destroys a picture x_0 in T steps; p_theta, which has the network, undoes them one by one. t
+# counts as in the paper, 1..T; x_0 is the picture. As released, the network is fed t - 1.
 
 
 def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
-    """Forward variances beta_1..beta_T, linear (Sec. 4): (T,) float64. Both ends times 1000/T."""
+    """Return the forward variances beta_1, ..., beta_T, linear in t (Sec. 4): (T,) float64."""
     betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
-    return (1000 / timesteps * betas).clamp(max=0.999)  # a T below 21 would pass 1
+    betas = 1000 / timesteps * betas  # so that x_T is as noisy as the paper's, whatever T is
+    return betas.clamp(max=0.999)  # with T < 21 they would exceed 1
 
 
 class Diffusion(nn.Module):
-    """Two Markov chains: q adds noise; p_theta removes it, with a network model(x_t, t) -> eps.
+    """Two Markov chains: q adds noise; p_theta removes it, with a network model(x_t, t - 1) -> eps.
 
-    Tables over t = 0..T-1 are computed in float64 and kept as float32 buffers. `variance` is the
-    reverse process's (Sec. 3.2): "fixedlarge" is beta_t, "fixedsmall" is beta~_t.
+    Tables have T + 1 entries: table[t] is the paper's, alpha_bars[0] = 1, other entries 0 are not
+    used. The reverse variance (Sec. 3.2) is beta_t if "fixedlarge", beta~_t if "fixedsmall".
     """
 
     def __init__(self, timesteps=1000, variance="fixedlarge"):
         super().__init__()
         self.timesteps = timesteps
-        betas = linear_beta_schedule(timesteps)
+        betas = F.pad(linear_beta_schedule(timesteps), (1, 0))
         alphas = 1 - betas
         alpha_bars = alphas.cumprod(0)
-        alpha_bars_prev = F.pad(alpha_bars[:-1], (1, 0), value=1.0)  # alpha_bar_0 = 1
-        posterior_variance = betas * (1 - alpha_bars_prev) / (1 - alpha_bars)  # beta~, Eq. 7
+        alpha_bars_prev = F.pad(alpha_bars[:-1], (1, 0), value=1.0)  # alpha_bar_{t-1}
+        posterior_variance = betas * (1 - alpha_bars_prev) / (1 - alpha_bars)  # beta~_t, Eq. 7
         sigma = {"fixedlarge": betas, "fixedsmall": posterior_variance}[variance].sqrt()
-        # The first step's sigma is used by the likelihood alone: sampling adds no noise there.
-        # The released code takes beta~_2 for both variances; beta~_1 is 0, and has no likelihood.
-        sigma[0] = posterior_variance[1].sqrt()
+        # Only the likelihood uses sigma_1, as sampling adds no noise in its last step. beta~_1 = 0
+        # would make L_0 infinite; the released code takes beta~_2, whatever the variance.
+        sigma[1] = posterior_variance[2].sqrt()
 
-        tables = {
-            "betas": betas,
-            "alpha_bars": alpha_bars,
-            "sqrt_alpha_bars": alpha_bars.sqrt(),
-            "sqrt_one_minus_alpha_bars": (1 - alpha_bars).sqrt(),
-            "posterior_mean_x_0": alpha_bars_prev.sqrt() * betas / (1 - alpha_bars),
-            "posterior_mean_x_t": alphas.sqrt() * (1 - alpha_bars_prev) / (1 - alpha_bars),
-            "posterior_sigma": posterior_variance.sqrt(),
-            "sigma": sigma,
-        }
-        for name, table in tables.items():
-            self.register_buffer(name, table.float())
+        posterior_mean_x_0 = alpha_bars_prev.sqrt() * betas / (1 - alpha_bars)
+        posterior_mean_x_t = alphas.sqrt() * (1 - alpha_bars_prev) / (1 - alpha_bars)
+        self.register_buffer("betas", betas.float())
+        self.register_buffer("alpha_bars", alpha_bars.float())
+        self.register_buffer("sqrt_alpha_bars", alpha_bars.sqrt().float())
+        self.register_buffer("sqrt_one_minus_alpha_bars", (1 - alpha_bars).sqrt().float())
+        self.register_buffer("posterior_mean_x_0", posterior_mean_x_0.float())
+        self.register_buffer("posterior_mean_x_t", posterior_mean_x_t.float())
+        self.register_buffer("posterior_sigma", posterior_variance.sqrt().float())
+        self.register_buffer("sigma", sigma.float())
 
     def q_sample(self, x_0, t, eps):
-        """x_t ~ q(x_t | x_0) in one jump (Eq. 4). x_0, noise eps: (B, C, H, W); t: (B,) or int."""
+        """Draw x_t ~ q(x_t | x_0) (Eq. 4). x_0 and noise eps: (B, C, H, W); t: (B,) or an int."""
         if torch.is_tensor(t):
             t = t.view(-1, 1, 1, 1)  # table[t] then broadcasts over (B, C, H, W)
         return self.sqrt_alpha_bars[t] * x_0 + self.sqrt_one_minus_alpha_bars[t] * eps
 
     def loss(self, model, x_0):
-        """Algorithm 1 on a batch x_0: (B, C, H, W), its line 2. L_simple (Eq. 14), a scalar."""
-        t = torch.randint(self.timesteps, (len(x_0),), device=x_0.device)  # line 3: t ~ Uniform
+        """Return L_simple (Eq. 14) of pictures x_0: (B, C, H, W), by Algorithm 1, lines 3 to 5."""
+        t = torch.randint(1, self.timesteps + 1, (len(x_0),), device=x_0.device)  # 3: t ~ Uniform
         eps = torch.randn_like(x_0)  # line 4: eps ~ N(0, I)
         x_t = self.q_sample(x_0, t, eps)
-        return F.mse_loss(model(x_t, t), eps)  # line 5: || eps - eps_theta(x_t, t) ||^2
+        return F.mse_loss(model(x_t, t - 1), eps)  # line 5: || eps - eps_theta(x_t, t) ||^2
 
     def q_posterior(self, x_0, x_t, t):
-        """q(x_{t-1} | x_t, x_0) (Eqs. 6, 7): a Normal over (B, C, H, W); t: an int from here on."""
+        """Return mean and standard deviation of q(x_{t-1} | x_t, x_0) (Eqs. 6, 7); t is an int."""
         mean = self.posterior_mean_x_0[t] * x_0 + self.posterior_mean_x_t[t] * x_t
-        return normal(mean, self.posterior_sigma[t])
+        return mean, self.posterior_sigma[t]
 
     def p_mean_variance(self, model, x_t, t):
-        """p_theta(x_{t-1} | x_t), a Normal, and the predicted x_0 (Eq. 4), clipped as released.
+        """Return mean and sigma of p_theta(x_{t-1} | x_t), and the predicted x_0; t is an int.
 
-        Unclipped, its mean is Eq. 11: (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t).
+        Without the clipping, which is as released, the mean would be that of Eq. 11:
+        (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t).
         """
-        eps = model(x_t, torch.full((len(x_t),), t, device=x_t.device))
-        x_0 = (x_t - self.sqrt_one_minus_alpha_bars[t] * eps) / self.sqrt_alpha_bars[t]
+        eps = model(x_t, torch.full((len(x_t),), t - 1, device=x_t.device))
+        x_0 = (x_t - self.sqrt_one_minus_alpha_bars[t] * eps) / self.sqrt_alpha_bars[t]  # Eq. 4
         x_0 = x_0.clamp(-1, 1)
-        mean = self.q_posterior(x_0, x_t, t).mean
-        return normal(mean, self.sigma[t]), x_0
+        mean, _ = self.q_posterior(x_0, x_t, t)
+        return mean, self.sigma[t], x_0
 
     @torch.no_grad()
     def sample(self, model, x_t, start=None, randn_like=torch.randn_like):
-        """Algorithm 2 from x_T ~ N(0, I): (B, C, H, W), its line 1.
+        """Run Algorithm 2 from line 1, noise x_T ~ N(0, I): (B, C, H, W), or from x_t at t = start.
 
-        Yields (t, x_{t-1}, predicted x_0) after each step; the last x_{t-1} is the picture.
-        With `start`, x_t is that of step t = start - 1, and only the steps from there are taken.
+        Yields (t, x_{t-1}, predicted x_0) for t = T, ..., 1; the last x_{t-1} is the picture.
         """
         start = self.timesteps if start is None else start
-        for t in reversed(range(start)):  # line 2: for t = T, ..., 1
-            p, x_0 = self.p_mean_variance(model, x_t, t)
-            z = randn_like(x_t) if t > 0 else 0  # line 3: z ~ N(0, I) if t > 1, else 0
-            x_t = p.mean + p.stddev * z  # line 4
+        for t in range(start, 0, -1):  # line 2: for t = T, ..., 1
+            mean, sigma, x_0 = self.p_mean_variance(model, x_t, t)
+            z = randn_like(x_t) if t > 1 else 0  # line 3: z ~ N(0, I) if t > 1, else z = 0
+            x_t = mean + sigma * z  # line 4
             yield t, x_t, x_0
 
     @torch.no_grad()
     def sample_ddim(self, model, x_t, steps, eta=0.0, randn_like=torch.randn_like):
-        """DDIM (Song et al. 2020) in `steps` of the T steps from x_T: yields as `sample` does.
+        """Run DDIM (Song et al. 2020) from x_T in `steps` of the T steps; yield as `sample` does.
 
         eta = 0 adds no noise; eta = 1 in all T steps is Algorithm 2 with variance beta~_t.
-        Raises ValueError unless 1 <= steps <= T and 0 <= eta <= 1.
         """
         if not (1 <= steps <= self.timesteps and 0 <= eta <= 1):
-            raise ValueError(f"{steps} steps of {self.timesteps} with eta {eta}")
-        times = np.linspace(self.timesteps - 1, 0, steps).round().astype(int).tolist()
-        alpha_bars = (1 - self.betas.cpu().double()).cumprod(0)
-        levels = alpha_bars[times].tolist() + [1.0]  # alpha_bar is 1 after the last step
-        for i, t in enumerate(times):  # from x_t to x_s
-            alpha_bar_t, alpha_bar_s = levels[i], levels[i + 1]
-            _, x_0 = self.p_mean_variance(model, x_t, t)
+            raise UserError(f"can't take {steps} of {self.timesteps} steps with eta {eta}")
+        times = 1 + np.linspace(self.timesteps - 1, 0, steps).round().astype(int)
+        # float64, as 1 - alpha_bar has few digits in float32; on the CPU, as MPS has no float64
+        alpha_bars = (1 - self.betas.cpu().double()).cumprod(0).tolist()
+        for t, s in itertools.pairwise([*times.tolist(), 0]):  # from x_t to x_s
+            alpha_bar_t, alpha_bar_s = alpha_bars[t], alpha_bars[s]
+            _, _, x_0 = self.p_mean_variance(model, x_t, t)
             eps = (x_t - math.sqrt(alpha_bar_t) * x_0) / math.sqrt(1 - alpha_bar_t)
             variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
-            sigma = eta * math.sqrt(variance)  # Eq. 16
-            direction = math.sqrt(1 - alpha_bar_s - sigma**2)
+            sigma = eta * math.sqrt(variance)  # Eq. 16 there
+            direction = math.sqrt(max(0, 1 - alpha_bar_s - sigma**2))  # rounding can pass 0
             x_t = math.sqrt(alpha_bar_s) * x_0 + direction * eps + sigma * randn_like(x_t)  # Eq. 12
             yield t, x_t, x_0
 
     @torch.no_grad()
     def bits_per_dim(self, model, x_0, randn_like=torch.randn_like):
-        """The bound on -log2 p(x_0) of Eq. 5, term by term, in bits per dimension.
-
-        Yields L_t: (B,) for t = 0..T, as the paper counts.
-        """
-        for t in range(self.timesteps):
+        """Yield L_0, ..., L_T of Eq. 5, each (B,): their sum bounds -log2 p(x_0) per dimension."""
+        for t in range(1, self.timesteps + 1):
             x_t = self.q_sample(x_0, t, randn_like(x_0))
-            p, _ = self.p_mean_variance(model, x_t, t)
-            if t == 0:
-                nats = -discretised_log_likelihood(x_0, p)  # L_0
+            mean, sigma, _ = self.p_mean_variance(model, x_t, t)
+            if t == 1:
+                nats = -discretised_log_likelihood(x_0, mean, sigma)  # L_0
             else:
-                nats = kl_divergence(self.q_posterior(x_0, x_t, t), p)  # L_{t-1}
-            yield bits_each(nats)
-        q = normal(self.sqrt_alpha_bars[-1] * x_0, self.sqrt_one_minus_alpha_bars[-1])
-        nats = kl_divergence(q, normal(torch.zeros_like(x_0), 1.0))  # L_T
-        yield bits_each(nats)
+                nats = kl(*self.q_posterior(x_0, x_t, t), mean, sigma)  # L_{t-1}
+            yield nats.mean((1, 2, 3)) / math.log(2)
+        nats = kl(self.sqrt_alpha_bars[-1] * x_0, self.sqrt_one_minus_alpha_bars[-1], 0, 1)  # L_T
+        yield nats.mean((1, 2, 3)) / math.log(2)
 
 
-def normal(mean, std):
-    """A Normal without torch's checks, which make the host wait for the GPU."""
-    return Normal(mean, std, validate_args=False)
-
-
-def bits_each(nats):
-    """Nats (B, C, H, W) as bits per dimension of each picture: (B,)."""
-    return nats.mean((1, 2, 3)) / math.log(2)
+def kl(mean_1, sigma_1, mean_2, sigma_2):
+    """Return KL(N(mean_1, sigma_1^2) || N(mean_2, sigma_2^2)) in nats, elementwise."""
+    ratio = (sigma_1 / sigma_2) ** 2
+    distance = ((mean_1 - mean_2) / sigma_2) ** 2
+    return 0.5 * (ratio + distance - 1 - ratio.log())
 
 
 def normal_cdf(z):
-    """P(Z < z) of Z ~ N(0, 1), by the tanh approximation of the released code."""
+    """Return P(Z < z) of Z ~ N(0, 1), by the tanh approximation of the released code."""
     return 0.5 + 0.5 * torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
 
 
-def discretised_log_likelihood(x_0, p):
-    """log of the mass of the Normal p within the grey level of x_0, elementwise (Eq. 13).
+def discretised_log_likelihood(x_0, mean, sigma):
+    """Return log p(x_0) of N(mean, sigma^2) on 256 grey levels (Eq. 13), elementwise, in nats.
 
-    A grey level is 2/255 wide; black and white are open to infinity. Floored at log 1e-12.
+    A level is 2/255 wide; the first and the last extend to infinity. As released, p >= 1e-12.
     """
-    below = normal_cdf((x_0 - 1 / 255 - p.mean) / p.stddev)
+    below = normal_cdf((x_0 - 1 / 255 - mean) / sigma)
     below = torch.where(x_0 < -0.999, 0.0, below)
-    above = normal_cdf((x_0 + 1 / 255 - p.mean) / p.stddev)
+    above = normal_cdf((x_0 + 1 / 255 - mean) / sigma)
     above = torch.where(x_0 > 0.999, 1.0, above)
     return (above - below).clamp(min=1e-12).log()
 
@@ -1180,7 +1168,7 @@ def sample_command(args):
 
 def forward_figure(args):
     """Pictures, and the same with more and more of one noise mixed in (Eq. 4)."""
-    times = range(0, 1000, 111)
+    times = range(1, 1001, 111)
     diffusion = Diffusion()
     x_0 = to_unit(some_pictures(args.data, Config(image_size=64), args.n or 4, args.seed))
     eps = seeded_randn_like(args.seed, range(len(x_0)), "cpu")(x_0)
@@ -1192,7 +1180,7 @@ def progressive_figure(args):
     """Two rows a picture along the reverse process: x_t, and the x_0 predicted from it (Fig. 6)."""
     model, diffusion, config, _ = load_network(args)
     T, device = diffusion.timesteps, diffusion.betas.device
-    times = np.linspace(T - 1, 0, min(11, T)).round().astype(int).tolist()
+    times = (1 + np.linspace(T - 1, 0, min(11, T)).round().astype(int)).tolist()
     randn_like = seeded_randn_like(args.seed, range(args.n or 4), device)
     x_t = randn_like(torch.empty(config.shape(args.n or 4)))
     columns = []
@@ -1215,7 +1203,7 @@ def interpolate_figure(args):
     starts = [max(1, diffusion.timesteps * eighth // 8) for eighth in range(1, 9)]
     rows = []
     for start in starts:
-        a, b = diffusion.q_sample(x_0, start - 1, eps)
+        a, b = diffusion.q_sample(x_0, start, eps)
         x_t = torch.stack([a.lerp(b, tenth / 10) for tenth in range(11)])
         randn_like = seeded_randn_like(args.seed, [2] * 11, device)  # the same for the whole row
         chain = diffusion.sample(model, x_t, start, randn_like)
