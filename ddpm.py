@@ -6,30 +6,32 @@
     python ddpm.py show progressive        # a figure: forward, progressive or interpolate
 
 The paper is Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020
-(arXiv 2006.11239). "The released code" is the authors' TensorFlow repository,
-hojonathanho/diffusion, which settles what the paper leaves open. The idea:
+(arXiv 2006.11239). "Released" is the authors' code, hojonathanho/diffusion. The idea:
 
   * Destroy a picture x_0 by adding a little Gaussian noise T times, until only noise is left
     (Eq. 2). x_t can be drawn from x_0 in one jump, for any t (Eq. 4).
   * Train a network to predict, from x_t and t, which noise was added (Eq. 14, Algorithm 1).
   * Start from pure noise and remove the predicted noise in small steps (Algorithm 2).
 
-Sections 1 and 2 are the paper; 3 to 5 are what it takes to train one. Shapes are (B, C, H, W):
-batch, channels, height, width. A picture x_0 is float32 in [-1, 1], and uint8 near its file.
+Sections 1 and 2 are the paper; 3 to 6 train a network, sample from it and measure it; 7 and 8 are
+files, devices and the command line. Shapes are (B, C, H, W): batch, channels, height, width.
 """
 
 import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import sys
+import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -38,128 +40,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Subset
 from torchvision import datasets, models, utils
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-
-
-class UserError(ValueError):
-    """A mistake that the user can fix. It is printed as one line; the exit status is 2."""
-
-
-def setting(default, help, low=0, high=10**9, choices=None):
-    """A field of Config: its line of `--help`, and the values that it can take."""
-    about = {"help": f"{help} [{default}]", "range": (low, high), "choices": choices}
-    return dataclasses.field(default=default, metadata=about)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The settings of a run; the defaults are the paper's for CIFAR-10. Raises UserError."""
-
-    # the network, and what its weights are learned for
-    image_size: int = setting(32, "height and width of the pictures in pixels", 1)
-    channels: int = setting(3, "3 for colour, 1 for grey", choices=(1, 3))
-    base_channels: int = setting(128, "channels at full resolution, a multiple of 16", 16)
-    channel_mults: tuple = setting((1, 2, 2, 2), "channels of each level, as multiples", 1)
-    num_res_blocks: int = setting(2, "residual blocks a level going down, one more going up", 1)
-    attention_resolutions: tuple = setting((16,), "feature map sizes with self-attention", 1)
-    group_size: int = setting(4, "fewest channels of a GroupNorm group; at most 32 groups", 2, 16)
-    timesteps: int = setting(1000, "T, the number of noising steps", 2)
-    # training and sampling
-    dropout: float = setting(0.1, "dropout inside the residual blocks", 0, 1)
-    variance: str = setting("fixedlarge", "reverse variance", choices=("fixedlarge", "fixedsmall"))
-    steps: int = setting(800_000, "optimiser steps in all", 1)
-    batch_size: int = setting(128, "pictures in an optimiser step", 1)
-    accumulate: int = setting(1, "passes that a batch is split into, to save memory", 1)
-    lr: float = setting(2e-4, "peak learning rate of Adam")
-    adam_beta_2: float = setting(0.999, "Adam's decay of squared gradients", 0, 0.9999)
-    warmup: int = setting(5000, "steps of linear learning-rate warm-up")
-    lr_decay: float = setting(0.0, "last part of the run, in which the rate falls to 0", 0, 1)
-    grad_clip: float = setting(1.0, "largest global norm of the gradient, 0 for any")
-    ema_decay: float = setting(0.9999, "decay of the EMA of the weights", 0, 1)
-    flip: bool = setting(True, "mirror half of the pictures, left to right")
-    seed: int = setting(0, "seed of every random draw", 0, 2**63 - 1)
-    amp: str = setting("auto", "mixed precision", choices=("auto", "off", "bf16"))
-    compile: bool = setting(False, "torch.compile: a slow start, then faster; for CUDA")
-    data: str = setting("", "a folder of pictures, or shapes, mnist, cifar10, cifar10/ship, ...")
-    cache_gb: float = setting(4.0, "larger data sets stay in the memory of the CPU")
-    log_every: int = setting(100, "steps between rows of log.csv", 1)
-    save_every: int = setting(5000, "steps between checkpoints, each with a grid of samples", 1)
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            low, high = field.metadata["range"]
-            choices = field.metadata["choices"]
-            numbers = value if field.type is tuple else [value]
-            if choices and value not in choices:
-                raise UserError(f"{flag_of(field.name)} {value} must be one of {choices}")
-            if field.type is not str and not all(low <= number <= high for number in numbers):
-                raise UserError(f"{flag_of(field.name)} {value} must be from {low} to {high:.15g}")
-        if self.batch_size % self.accumulate:
-            raise UserError(f"--batch-size {self.batch_size} must be a multiple of --accumulate")
-        if self.base_channels % 16:
-            raise UserError(f"--base-channels {self.base_channels} must be a multiple of 16")
-        if not self.channel_mults:
-            raise UserError("--channel-mults needs at least one number")
-        halvings = len(self.channel_mults) - 1
-        if self.image_size % 2**halvings:
-            problem = f"--image-size {self.image_size} can't be halved {halvings} times"
-            while self.image_size % 2**halvings:
-                halvings -= 1
-            shorter = " ".join(map(str, self.channel_mults[: halvings + 1]))
-            raise UserError(f"{problem}: use another, such as 32, or --channel-mults {shorter}")
-        for size in self.attention_resolutions:
-            if size not in self.sizes():
-                raise UserError(f"--attention-resolutions {size} must be among {self.sizes()}")
-
-    def sizes(self):
-        """Height, or width, of each level's feature maps."""
-        return [self.image_size // 2**i for i in range(len(self.channel_mults))]
-
-    def shape(self, n):
-        """The shape of n pictures: (n, C, H, W)."""
-        return n, self.channels, self.image_size, self.image_size
-
-
-def flag_of(name):
-    """The command-line flag of a field of Config."""
-    return "--" + name.replace("_", "-")
-
-
-PRESETS = {
-    "cifar10": Config(),
-    "celebahq256": Config(
-        image_size=256,
-        channel_mults=(1, 1, 2, 2, 4, 4),
-        dropout=0.0,
-        variance="fixedsmall",
-        steps=500_000,
-        batch_size=64,
-        lr=2e-5,
-    ),
-    "tiny": Config(  # minutes on two CPU cores: few channels where the maps are large
-        base_channels=16,
-        channel_mults=(1, 2, 4, 8),
-        num_res_blocks=1,
-        attention_resolutions=(),
-        group_size=16,  # smaller groups would erase how bright a picture is
-        dropout=0.0,
-        steps=1600,
-        batch_size=96,
-        lr=3.5e-3,  # twice that can diverge
-        adam_beta_2=0.99,
-        warmup=200,
-        lr_decay=0.8,
-        ema_decay=0.995,
-        save_every=400,
-    ),
-}
-
 
 # 1. The diffusion process
 # q destroys a picture x_0 in T steps; p_theta, which has the network, undoes them one by one. t
@@ -307,50 +191,91 @@ def discretised_log_likelihood(x_0, mean, sigma):
     return (above - below).clamp(min=1e-12).log()
 
 
-EPOCH, STEP, PICTURE = range(3)  # what a random stream is for: tags that keep seeds apart
-
-
-def seed_of(seed, *key):
-    """A seed that is a function of the run's seed and a key: a tag, then its numbers."""
-    sequence = np.random.SeedSequence(seed, spawn_key=key)
-    return int(sequence.generate_state(1, np.uint64)[0])
-
-
-def seeded_randn_like(seed, numbers, device):
-    """A randn_like whose row i is the noise of picture numbers[i] of the seed, in any batch."""
-    generators = [torch.Generator(device) for _ in numbers]
-    for generator, number in zip(generators, numbers):
-        generator.manual_seed(seed_of(seed, PICTURE, number))
-
-    def randn_like(x):
-        rows = [torch.randn(x.shape[1:], generator=g, device=device) for g in generators]
-        return torch.stack(rows)
-
-    return randn_like
-
-
 # 2. The network
-#
-# Appendix B as released, oddities and all, with the parameter names of the published weights.
-# `h` is a feature map, `temb` the embedding of the time t.
+# The U-Net of Appendix B as released, with the parameter names under which the authors' weights are
+# published (google/ddpm-cifar10-32). h is a feature map, temb the embedded time.
+
+
+def setting(default, help, choices=None):
+    """Declare a field of Config, with the help text and the choices of its flag."""
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    metadata = {"help": f"{help} [{shown}]", "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What weights are learned for: it stays when a network is resumed or fine-tuned."""
+
+    image_size: int = setting(32, "height and width of the pictures in pixels")
+    channels: int = setting(3, "3 for colour, 1 for grey", choices=(1, 3))
+    base_channels: int = setting(128, "channels at full resolution, a multiple of --group-size")
+    channel_mults: tuple = setting((1, 2, 2, 2), "channels of each level, as multiples of the base")
+    num_res_blocks: int = setting(2, "residual blocks per level on the way down, one more going up")
+    attention_resolutions: tuple = setting((16,), "sizes of feature maps that have self-attention")
+    group_size: int = setting(4, "channels of a GroupNorm group, or more", choices=(4, 8, 16))
+    timesteps: int = setting(1000, "T, the number of noising steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Architecture):
+    """The settings of a run; by default the paper's for CIFAR-10. Raises UserError."""
+
+    dropout: float = setting(0.1, "dropout inside the residual blocks")
+    variance: str = setting("fixedlarge", "reverse variance", choices=("fixedlarge", "fixedsmall"))
+    steps: int = setting(800_000, "optimiser steps of the whole run")
+    batch_size: int = setting(128, "pictures in an optimiser step, on all GPUs together")
+    accumulate: int = setting(1, "passes that split a GPU's part of a batch, to save memory")
+    lr: float = setting(2e-4, "peak learning rate of Adam")
+    adam_beta_2: float = setting(0.999, "Adam's beta_2")
+    warmup: int = setting(5000, "steps of linear warm-up, a quarter of the run at most")
+    lr_decay: float = setting(0.0, "fraction of the run, at its end, in which the rate falls to 0")
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0 means no clipping")
+    ema_decay: float = setting(0.9999, "decay of the moving average (EMA) of the weights")
+    flip: bool = setting(True, "mirror half of the pictures, left to right")
+    seed: int = setting(0, "seed of all random numbers")
+    amp: str = setting("auto", "mixed precision", choices=("auto", "off", "bf16"))
+    compile: bool = setting(False, "use torch.compile: a slow start, then faster; for CUDA")
+    data: str = setting("", "a folder of pictures, or one of SETS")
+    log_every: int = setting(100, "steps between rows of log.csv")
+    save_every: int = setting(5000, "steps between checkpoints, each with a grid of samples")
+
+    def __post_init__(self):
+        multiple = 2 ** (len(self.channel_mults) - 1)  # each level but the first halves the size
+        if self.image_size % multiple:
+            raise UserError(f"--image-size {self.image_size} must be a multiple of {multiple}")
+
+    def sizes(self):
+        """Return the height, or width, of each level's feature maps."""
+        return [self.image_size // 2**i for i in range(len(self.channel_mults))]
+
+    def shape(self, n):
+        """Return the shape of n pictures: (n, C, H, W)."""
+        return n, self.channels, self.image_size, self.image_size
 
 
 def sinusoidal_embedding(t, dim):
-    """The Transformer's embedding of steps t: (B,) -> (B, dim) float32, sines, then cosines."""
-    half = dim // 2  # the frequencies fall from 1 to 1/10000, both included, hence half - 1
+    """Embed times t: (B,) as in the Transformer: (B, dim) float32, first sines, then cosines."""
+    half = dim // 2  # the frequencies fall from 1 to 1/10000, both included: hence half - 1
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / (half - 1))
     angles = t.float()[:, None] * frequencies  # (B, half)
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def group_norm(config, channels):
-    """GroupNorm in the paper's 32 groups, fewer if thin: groups of 1 channel would erase temb."""
-    groups = math.gcd(min(32, channels // config.group_size), channels)  # must divide the channels
+    """Build a GroupNorm of 32 groups, or fewer, so that each has group_size channels or more.
+
+    128 channels are 32 groups of 4; in `tiny`, 16 channels are one group, 64 are 4. One channel
+    would subtract temb again; small groups at full resolution lose how bright a picture is.
+    """
+    groups = min(32, channels // config.group_size)
+    if channels % config.group_size or channels % groups:
+        raise UserError(f"{channels} channels can't be grouped: change --base-channels")
     return nn.GroupNorm(groups, channels, eps=1e-6)  # TensorFlow's eps, not PyTorch's
 
 
 class ResBlock(nn.Module):
-    """Convolutions beside a shortcut, told the time: (B, C_in, H, W) -> (B, C, H, W)."""
+    """Add to a shortcut two convolutions, with temb in between: (B, C_in, H, W) -> (B, C, H, W)."""
 
     def __init__(self, config, channels_in, channels):
         super().__init__()
@@ -372,7 +297,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, one head as wide as the channels: (B, C, H, W) -> same."""
+    """Add self-attention over all positions, with a single head: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, config, channels):
         super().__init__()
@@ -385,82 +310,79 @@ class Attention(nn.Module):
     def forward(self, x):
         h = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, HW, C)
         q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
-        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])  # one head
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])  # (B, 1, HW, C)
         h = self.to_out(h[:, 0])  # softmax(q k^T / sqrt(C)) v, projected
         return x + h.transpose(1, 2).view_as(x)
 
 
 def downsample(channels):
-    """Halves height and width: (B, C, H, W) -> (B, C, H/2, W/2)."""
+    """Build a layer that halves height and width: (B, C, H, W) -> (B, C, H/2, W/2)."""
     pad = nn.ZeroPad2d((0, 1, 0, 1))  # TensorFlow's SAME: right and bottom only
     conv = nn.Conv2d(channels, channels, 3, stride=2)
     return nn.Sequential(OrderedDict(pad=pad, conv=conv))
 
 
 def upsample(channels):
-    """Doubles height and width: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    """Build a layer that doubles height and width: (B, C, H, W) -> (B, C, 2H, 2W)."""
     conv = nn.Conv2d(channels, channels, 3, padding=1)
     return nn.Sequential(OrderedDict(resize=nn.Upsample(scale_factor=2), conv=conv))
 
 
 class Level(nn.Module):
-    """The residual blocks of one feature map size, each followed by an attention or by nothing."""
+    """Hold the layers of one resolution: resnets[i], then attentions[i] or nothing, and so on."""
 
     def __init__(self):
         super().__init__()
         self.resnets = nn.ModuleList()
         self.attentions = nn.ModuleList()
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
 
     def add(self, config, channels_in, channels, attend):
-        """Appends a residual block, and self-attention if it shall attend."""
+        """Append a ResBlock and, if `attend`, an Attention after it."""
         self.resnets.append(ResBlock(config, channels_in, channels))
         self.attentions.append(Attention(config, channels) if attend else nn.Identity())
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t): the noise in x_t. x_t: (B, C, H, W) and t: (B,) -> (B, C, H, W) float32.
-
-    A level for each of the config's channel_mults, each half the size of the one before it.
-    """
+    """Predict the noise in x_t: (B, C, H, W) at times t: (B,). Returns (B, C, H, W) float32."""
 
     def __init__(self, config):
         super().__init__()
-        self.base_channels = config.base_channels
-        temb_channels = 4 * config.base_channels
-        linear_1 = nn.Linear(config.base_channels, temb_channels)
-        linear_2 = nn.Linear(temb_channels, temb_channels)
-        self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
-        channels = config.base_channels
-        self.conv_in = nn.Conv2d(config.channels, channels, 3, padding=1)
-        skips = [channels]  # the channels of each feature map that the way up will take
-        sizes = config.sizes()
+        self.base_channels = base = config.base_channels
+        linear_1 = nn.Linear(base, 4 * base)
+        linear_2 = nn.Linear(4 * base, 4 * base)
+        layers = OrderedDict(linear_1=linear_1, act=nn.SiLU(), linear_2=linear_2)
+        self.time_embedding = nn.Sequential(layers)
+        self.conv_in = nn.Conv2d(config.channels, base, 3, padding=1)
+        skips = [base]  # the channels of each feature map that the way up will take
+        sizes = config.sizes()  # a level each, half the size of the one before it
+        levels = list(zip(sizes, config.channel_mults))
 
         self.down_blocks = nn.ModuleList()
-        for size, mult in zip(sizes, config.channel_mults):
+        for size, mult in levels:
             level = Level()
             for _ in range(config.num_res_blocks):
-                channels_in, channels = channels, config.base_channels * mult
-                level.add(config, channels_in, channels, size in config.attention_resolutions)
-                skips.append(channels)
-            level.downsamplers = nn.ModuleList()
-            if size > sizes[-1]:
-                level.downsamplers.append(downsample(channels))
-                skips.append(channels)
+                level.add(config, skips[-1], base * mult, size in config.attention_resolutions)
+                skips.append(base * mult)
+            if size != sizes[-1]:
+                level.downsamplers.append(downsample(skips[-1]))
+                skips.append(skips[-1])
             self.down_blocks.append(level)
 
+        channels = skips[-1]
         self.mid_block = Level()
         self.mid_block.add(config, channels, channels, attend=True)
         self.mid_block.add(config, channels, channels, attend=False)
 
         self.up_blocks = nn.ModuleList()
-        for size, mult in zip(reversed(sizes), reversed(config.channel_mults)):
+        for size, mult in reversed(levels):
             level = Level()
             for _ in range(config.num_res_blocks + 1):
                 channels_in = channels + skips.pop()
-                channels = config.base_channels * mult
+                channels = base * mult
                 level.add(config, channels_in, channels, size in config.attention_resolutions)
-            level.upsamplers = nn.ModuleList()
-            if size < sizes[0]:
+            if size != sizes[0]:
                 level.upsamplers.append(upsample(channels))
             self.up_blocks.append(level)
 
@@ -468,20 +390,19 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels, config.channels, 3, padding=1)
         for name, weights in self.named_parameters():
             if name.endswith(("bias", "conv2.weight", "to_out.0.weight", "conv_out.weight")):
-                nn.init.zeros_(weights)  # each residual branch starts as nothing, and so does eps
-            elif weights.dim() > 1:  # but a norm's gain stays 1
+                nn.init.zeros_(weights)  # so each block starts as its shortcut, and eps as 0
+            elif weights.dim() > 1:  # the gain of a norm stays 1
                 nn.init.xavier_uniform_(weights)
 
     def forward(self, x_t, t):
-        temb = self.time_embedding["linear_1"](sinusoidal_embedding(t, self.base_channels))
-        temb = self.time_embedding["linear_2"](F.silu(temb))  # (B, 4 base)
+        temb = self.time_embedding(sinusoidal_embedding(t, self.base_channels))  # (B, 4 base)
         h = self.conv_in(x_t)  # (B, base, H, W)
         skips = [h]
         for level in self.down_blocks:  # (B, C, H, W) -> (B, C', H/2, W/2) -> ...
             for resnet, attention in zip(level.resnets, level.attentions):
                 h = attention(resnet(h, temb))
                 skips.append(h)
-            for halve in level.downsamplers:  # one, or none at the last level
+            for halve in level.downsamplers:  # one, but none at the last level
                 h = halve(h)
                 skips.append(h)
         for resnet, attention in zip(self.mid_block.resnets, self.mid_block.attentions):
@@ -491,84 +412,421 @@ class UNet(nn.Module):
                 h = attention(resnet(torch.cat([h, skips.pop()], 1), temb))
             for double in level.upsamplers:
                 h = double(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h))).to(x_t.dtype)  # not autocast's
+        return self.conv_out(F.silu(self.conv_norm_out(h))).to(x_t.dtype)  # not autocast's dtype
+
+
+def names_of(settings):
+    """Return the names of the fields of a dataclass."""
+    return {field.name for field in dataclasses.fields(settings)}
 
 
 def build(config, device=None):
-    """(UNet, Diffusion) of a Config."""
+    """Return the (UNet, Diffusion) of a Config."""
     return UNet(config).to(device), Diffusion(config.timesteps, config.variance).to(device)
 
 
-# 3. Data
-#
-# Pictures are decoded once, to uint8; all that comes after sees one tensor (N, C, H, W).
-
-RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
-
-
-def in_terminal():
-    """Whether standard output is a terminal; it can also be closed, or a notebook's own object."""
-    return hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
-
-
-def say(text, end="\n"):
-    """Prints a line, in a terminal over the progress line; into nothing if its reader is gone."""
-    try:
-        if RANK == 0:
-            print("\r\x1b[K" + text if in_terminal() else text, end=end, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def progress(items, what, total, first=0, images=0, notes=()):
-    """Yields items, of so many images each, and shows how far they are: in a terminal at once,
-    in a file every 30 s. The caller may change the list of notes on the way."""
-    terminal = in_terminal()
-    pause = 0.1 if terminal else 30
-    start = shown = time.perf_counter()
-    for done, item in enumerate(items, first + 1):
-        yield item
-        now = time.perf_counter()
-        if done < total and now - shown < pause:
-            continue
-        shown = now
-        seconds_each = (now - start) / (done - first)
-        parts = [f"{what} {done}/{total}", *notes]
-        if images:
-            parts.append(f"{images / seconds_each:.3g} images/s")
-        left = timedelta(seconds=round(seconds_each * (total - done)))
-        parts.append(f"{left} left")
-        say("  ".join(parts), end="" if terminal and done < total else "\n")
+# 3. Pictures
+# The network sees float32 in [-1, 1]; files and memory hold uint8. Section 7 reads the files.
 
 
 def to_unit(pictures):
-    """uint8, 0..255 -> float32 in [-1, 1] (Sec. 3.3)."""
+    """Map uint8, 0..255, to float32 in [-1, 1] (Sec. 3.3)."""
     return pictures.float() / 127.5 - 1
 
 
 def to_uint8(x_0):
-    """float32 in [-1, 1] -> uint8, 0..255, rounded: a cast alone truncates, and darkens."""
+    """Map float32 in [-1, 1] to uint8, 0..255; rounded, as a cast alone would make it darker."""
     return ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def grid(pictures, columns=None):
-    """A PIL image of pictures, uint8 (N, C, H, W), side by side; a square if not told how wide."""
+    """Tile pictures, uint8 (N, C, H, W), into a PIL image, square unless `columns` is given."""
     columns = columns or math.ceil(len(pictures) ** 0.5)
     return to_pil_image(utils.make_grid(pictures.cpu(), columns, pad_value=255))
 
 
-class Shapes:
-    """Coloured circles, squares and triangles, 10,000 a split, used like torchvision's sets."""
+@functools.lru_cache(2)  # a batch can begin in one epoch and end in the next
+def epoch_order(n, seed, epoch):
+    """Shuffle range(n) into a list that depends on the seed and the epoch alone."""
+    generator = torch.Generator().manual_seed(seed_of(seed, EPOCH, epoch))
+    return torch.randperm(n, generator=generator).tolist()
 
-    classes = ("circle", "square", "triangle")
+
+def batch_of(pictures, seed, first, size):
+    """Take `size` pictures, from number `first` on, of the endless sequence of shuffled epochs."""
+    n = len(pictures)
+    numbers = range(first, first + size)
+    rows = [epoch_order(n, seed, number // n)[number % n] for number in numbers]
+    return torch.from_numpy(pictures[rows])
+
+
+# 4. Training
+# Algorithm 1. From section 7: `progress` passes items on and shows how far they are, `say` prints,
+# `write_file` writes whole files, `seed_of` derives seeds, `over_processes` asks all GPUs.
+
+PRESETS = {
+    "cifar10": Config(),
+    "celebahq256": Config(
+        image_size=256,
+        channel_mults=(1, 1, 2, 2, 4, 4),
+        dropout=0.0,
+        variance="fixedsmall",
+        steps=500_000,
+        batch_size=64,
+        lr=2e-5,
+    ),
+    "tiny": Config(  # minutes on two CPU cores: few channels where the feature maps are large
+        base_channels=16,
+        channel_mults=(1, 2, 4, 8),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        group_size=16,
+        dropout=0.0,
+        steps=1600,
+        batch_size=96,
+        lr=3.5e-3,  # twice that can diverge
+        adam_beta_2=0.99,
+        warmup=200,
+        lr_decay=0.8,
+        ema_decay=0.995,
+        save_every=400,
+    ),
+}
+
+
+def train(config, model, diffusion, pictures, out, checkpoint=None, signals=()):
+    """Train on pictures, uint8 (N, C, H, W); write checkpoints, log.csv and grids to folder `out`.
+
+    All noise depends on the seed and the step alone: on a CPU, a resumed run ends bit for bit where
+    an unbroken one does. Returns the signal that ended the run, or 0. Raises UserError.
+    """
+    device = diffusion.betas.device
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    saved = {"model": model, "ema": ema, "optimizer": optimizer}
+    checkpoint = checkpoint or {}
+    for name in saved.keys() & checkpoint.keys():  # to fine-tune, there is no optimiser
+        saved[name].load_state_dict(checkpoint[name])
+    done = checkpoint.get("step", 0)
+    log = checkpoint.get("log", ["step,loss,lr,grad_norm\n"])
+
+    dtype = pick_precision(device, config.amp)
+    net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    net = torch.compile(net) if config.compile else net
+    predict = in_precision(net, device, dtype)
+    predict_ema = in_precision(ema, device, dtype)
+    say(f"run folder {out}: {len(pictures):,} pictures, {device.type} in {dtype or 'float32'}")
+    say(str(config))
+    if done == 0:  # a disk that can't be written shows before the work
+        save_checkpoint(out, config, saved, done, log)
+
+    losses, notes = [], []
+    steps = range(done, config.steps)
+    for step in progress(steps, "step", config.steps, config.batch_size, done, notes):
+        lr = learning_rate(config, step)
+        optimizer.param_groups[0].update(lr=lr, betas=(0.9, config.adam_beta_2))
+        for x_0 in parts_of_batch(config, pictures, step, device):  # Algorithm 1, line 2
+            loss = diffusion.loss(predict, x_0)  # lines 3 to 5
+            (loss / config.accumulate).backward()
+            losses.append(loss.detach())
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, model, config.ema_decay, step)
+
+        done = step + 1
+        stopped = over_processes(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX)
+        saving = stopped or done == config.steps or done % config.save_every == 0
+        if saving or done % config.log_every == 0:  # reading the loss waits for the device
+            loss = over_processes(torch.stack(losses).mean()) / WORLD
+            losses.clear()
+            if not math.isfinite(loss + norm):
+                raise UserError(f"loss not finite at step {done}: resume with a lower --lr")
+            log.append(f"{done},{loss:.6f},{lr:.6g},{norm:.4f}\n")
+            notes[:] = [f"loss {loss:.4f}", f"lr {lr:.1e}"]
+            write_file(out / "log.csv", lambda path: path.write_text("".join(log)))
+        if saving:
+            save_checkpoint(out, config, saved, done, log)
+        if stopped and done < config.steps:
+            return stopped
+        if saving:  # 64 pictures by DDIM in 50 steps, always from the same noise
+            numbers, ddim_steps = range(min(64, len(x_0))), min(50, config.timesteps)
+            _, chain = draw(predict_ema, diffusion, config, config.seed, numbers, ddim_steps)
+            write_file(out / f"step-{done:06}.png", grid(end_of(chain)).save)
+    return 0
+
+
+def parts_of_batch(config, pictures, step, device):
+    """Yield this process's parts x_0: (b, C, H, W) of a step's batch, and seed each one's noise."""
+    size = config.batch_size // (config.accumulate * WORLD)
+    for part in range(RANK * config.accumulate, (RANK + 1) * config.accumulate):
+        torch.manual_seed(seed_of(config.seed, STEP, step, part))
+        first = step * config.batch_size + part * size
+        x_0 = to_unit(batch_of(pictures, config.seed, first, size).to(device))
+        if config.flip:
+            mirrored = torch.rand(size, 1, 1, 1, device=device) < 0.5
+            x_0 = torch.where(mirrored, x_0.flip(3), x_0)
+        yield x_0
+
+
+def learning_rate(config, step):
+    """Return Adam's rate: linear warm-up, constant (Appendix B), linear to 0 if lr_decay > 0."""
+    rise = min(1, (step + 1) / max(1, min(config.warmup, config.steps // 4)))
+    fall = min(1, (config.steps - step) / max(1, config.lr_decay * config.steps))
+    return config.lr * rise * fall
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """Move the EMA of the weights: ema <- decay * ema + (1 - decay) * model; step counts from 0."""
+    decay = min(decay, (1 + step) / (10 + step))  # it starts low; the next line is one big lerp_
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def save_checkpoint(out, config, saved, step, log):
+    """Write out/ckpt.pt, from which a run is resumed: the states of `saved`, and how far it is."""
+    checkpoint = {"config": dataclasses.asdict(config), "step": step, "log": log}
+    for name, part in saved.items():
+        checkpoint[name] = part.state_dict()
+    write_file(out / "ckpt.pt", functools.partial(torch.save, checkpoint))
+
+
+# 5. Samples and figures
+# Algorithm 2. A chain is a generator of (t, x_{t-1}, predicted x_0), for t = T, ..., 1.
+
+
+def draw(model, diffusion, config, seed, numbers, steps=0, eta=1.0):
+    """Return x_T of the pictures `numbers` of a seed, and the chain that draws them from it."""
+    randn_like = seeded_randn_like(seed, numbers, diffusion.betas.device)
+    x_T = randn_like(torch.empty(config.shape(len(numbers))))
+    if steps or eta != 1:
+        steps = steps or diffusion.timesteps
+        return x_T, diffusion.sample_ddim(model, x_T, steps, eta, randn_like)
+    return x_T, diffusion.sample(model, x_T, randn_like=randn_like)
+
+
+def end_of(chain):
+    """Run a chain and return its pictures: uint8 (B, C, H, W)."""
+    _, x_0, _ = deque(chain, maxlen=1).pop()  # this runs the chain, and keeps its end
+    return to_uint8(x_0)
+
+
+def filmed(x_T, chain, steps, frames):
+    """Pass a chain on; append grids of at most 64 pictures to `frames`: x_T, then 60 of x_{t-1}."""
+    frames.append(grid(to_uint8(x_T[:64])))
+    for done, (t, x_t, x_0) in enumerate(chain, 1):
+        if (steps - done) % math.ceil(steps / 60) == 0:
+            frames.append(grid(to_uint8(x_t[:64])))
+        yield t, x_t, x_0
+
+
+def sample_command(args):
+    """Draw new pictures with a trained network."""
+    model, diffusion, config, path = load_network(args)
+    steps = args.steps or diffusion.timesteps
+    batches = torch.arange(args.n).split(args.batch_size)
+    shown, frames = [], []
+    with new_folder(args.out, path.with_name("samples")) as out:
+        for done, numbers in enumerate(batches):
+            numbers = numbers.tolist()
+            x_T, chain = draw(model, diffusion, config, args.seed, numbers, args.steps, args.eta)
+            if args.gif and done == 0:
+                chain = filmed(x_T, chain, steps, frames)
+            what = f"batch {done + 1} of {len(batches)}, step"
+            chain = progress(chain, what, steps, len(numbers) / steps)
+            pictures = end_of(chain).cpu()  # Algorithm 2 runs here
+            shown.extend(pictures[: 256 - len(shown)])  # more would be hard to see, and to hold
+            for number, picture in zip(numbers, pictures):
+                if args.individual:
+                    write_file(out / "pictures" / f"{number:06}.png", to_pil_image(picture).save)
+
+        write_file(out / "grid.png", grid(torch.stack(shown)).save)
+        if args.gif:
+            times = [60] * (len(frames) - 1) + [2000]  # milliseconds
+            how = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+            write_file(out / "chain.gif", functools.partial(frames[0].save, **how))
+        files = ", ".join(sorted(map(str, out.iterdir())))
+    say(f"wrote {files}: {args.n} pictures of seed {args.seed}; try --seed {args.seed + 1}, too")
+
+
+def forward(args):
+    """Show pictures, and the same with more and more of one noise (Eq. 4)."""
+    x_0 = to_unit(some_pictures(args.data, Config(image_size=64), args.n, args.seed))
+    eps = seeded_randn_like(args.seed, range(len(x_0)), "cpu")(x_0)
+    times = range(1, 1001, 111)
+    diffusion = Diffusion()
+    columns = [x_0] + [diffusion.q_sample(x_0, t, eps) for t in times]
+    return torch.stack(columns, 1), f"columns: x_0, t = {[*times]}"
+
+
+def progressive(args):
+    """Show x_t in a row, and under it the x_0 predicted from it (Fig. 6)."""
+    model, diffusion, config, _ = load_network(args)
+    T = diffusion.timesteps
+    times = (1 + np.linspace(T - 1, 0, min(11, T)).round().astype(int)).tolist()
+    x_t, chain = draw(model, diffusion, config, args.seed, range(args.n))
+    columns = []
+    for t, x_next, x_0 in progress(chain, "sampling, step", T, args.n / T):
+        if t in times:
+            columns.append(torch.stack([x_t, x_0], 1).flatten(0, 1))
+        x_t = x_next
+    columns.append(torch.stack([x_t, x_t], 1).flatten(0, 1))
+    return torch.stack(columns, 1), f"columns: t = {times}, x_0; rows: x_t, predicted x_0"
+
+
+def interpolate(args):
+    """Show two pictures, noised to T/2, mixed there in tenths, and denoised (Fig. 8)."""
+    model, diffusion, config, _ = load_network(args)
+    device = diffusion.betas.device
+    pictures = some_pictures(args.data or config.data, config, 2, args.seed)
+    x_0 = to_unit(pictures.to(device))[[0, -1]]  # a folder of one picture has it twice
+    eps = seeded_randn_like(args.seed, [0, 1], device)(x_0)
+    t = diffusion.timesteps // 2
+    a, b = diffusion.q_sample(x_0, t, eps)
+    x_t = torch.stack([a.lerp(b, tenth / 10) for tenth in range(11)])
+    randn_like = seeded_randn_like(args.seed, [2] * 11, device)  # one z for all
+    chain = progress(diffusion.sample(model, x_t, t, randn_like), "interpolating, step", t, 11 / t)
+    row = torch.cat([x_0[:1], to_unit(end_of(chain)), x_0[1:]])
+    return row[None], f"columns: source, 0 to 1 in tenths at t = {t}, source"
+
+
+FIGURES = {"forward": forward, "progressive": progressive, "interpolate": interpolate}
+
+
+def show_command(args):
+    """Draw a figure of the paper as a PNG."""
+    out = Path((args.out or args.figure).removesuffix(".png") + ".png")
+    if out.exists():
+        raise UserError(f"{out} already exists: choose another --out")
+    figure, text = FIGURES[args.figure](args)  # (rows, columns, C, H, W) in [-1, 1]
+    write_file(out, grid(to_uint8(figure.flatten(0, 1)), columns=figure.shape[1]).save)
+    say(f"wrote {out}, {text}")
+
+
+# 6. Evaluation
+# The bound of Eq. 5 in bits per dimension; and FID, which compares drawn pictures with real ones.
+
+
+def eval_command(args):
+    """Print the bits/dim of a network, or the FID of pictures on disk."""
+    if args.samples:
+        return print_fid(args)
+    model, diffusion, config, _ = load_network(args)
+    data = args.data or config.data
+    pictures = some_pictures(data, config, args.n, args.seed)
+    say(f"bits/dim of {len(pictures)} pictures of {data}, of a named set's test split")
+    total = diffusion.timesteps + 1
+    tables = []
+    for numbers in torch.arange(len(pictures)).split(args.batch_size):
+        x_0 = to_unit(pictures[numbers].to(diffusion.betas.device))
+        randn_like = seeded_randn_like(args.seed, numbers.tolist(), x_0.device)
+        terms = diffusion.bits_per_dim(model, x_0, randn_like)
+        terms = progress(terms, f"pictures from {numbers[0]}, term", total, len(x_0) / total)
+        tables.append(torch.stack(list(terms)))
+    table = torch.cat(tables, 1).cpu()  # (T + 1, N): L_0, ..., L_T
+
+    parts = {"total": table.sum(0), "rate": table[1:].sum(0), "distortion": table[0]}  # Sec. 4.3
+    for name, bits in parts.items():
+        say(f"{name:12} {bits.mean():7.4f} bits/dim")
+
+
+def print_fid(args):
+    """Print the FID of the pictures in folders, at their own size, against the training set."""
+    training_set = find_dataset(args.data, train=True)
+    samples = [path for folder in args.samples for path in find_pictures(folder)]
+    sizes = {Image.open(path).size: path for path in samples}
+    (size, path), *others = sizes.items()
+    for other_size, other in others:
+        raise UserError(f"samples must have one size: {path} has {size}, {other} {other_size}")
+    inception = load_inception(pick_device(args.device))  # so far, nothing had to be computed
+
+    ours = features_of(read_pictures(samples, size, 3), inception)
+    theirs = features_of(read_pictures(training_set, size, 3), inception)
+    fid = frechet_distance(ours, theirs)
+    say(f"FID {fid:.3f} of {len(ours)} pictures, against {len(theirs)} of {args.data} for training")
+    say("(with fewer than 10,000 pictures, FID comes out too high)")
+
+
+def features_of(pictures, inception):
+    """Return Inception's features (N, 2048) of pictures, an iterable of uint8 (C, H, W)."""
+    pictures = iter(pictures)
+    features = []
+    while batch := list(itertools.islice(pictures, 64)):
+        features.append(inception(torch.stack(batch)))
+    return torch.cat(features)
+
+
+def frechet_distance(a, b):
+    """Return FID (Heusel et al. 2017) of two sets of features (N, D):
+    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))."""
+    a, b = a.double(), b.double()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()  # rounding can pass 0
+    return (means + (cov_a + cov_b).trace() - 2 * roots.sum()).item()
+
+
+INCEPTION = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
+
+
+def load_inception(device="cpu"):
+    """Return TensorFlow's Inception of 2015: uint8 (B, 1 or 3, H, W) -> features (B, 2048)."""
+    net = models.Inception3(1008, aux_logits=False, init_weights=False)
+    how = {"map_location": "cpu", "check_hash": True, "weights_only": True}
+    try:
+        net.load_state_dict(torch.hub.load_state_dict_from_url(INCEPTION, **how))
+    except Exception as error:  # there is no network, or the file in torch's cache is damaged
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION).name)
+        raise UserError(f"save {INCEPTION} as {file}: can't fetch it ({error!s:.80})") from error
+    pool_as_tensorflow(net)
+    net.fc = nn.Identity()
+    net.to(device).eval()
+
+    @torch.no_grad()
+    def inception(pictures):
+        x = to_unit(pictures.to(device)).expand(-1, 3, -1, -1)
+        return net(F.interpolate(x, (299, 299), mode="bilinear")).cpu()
+
+    return inception
+
+
+def pool_as_tensorflow(net):
+    """Make torchvision's Inception3 pool as TensorFlow's graph of 2015 does.
+
+    Its averages leave out the padding, and the last block takes a maximum. Each block pools within
+    its forward: hooks change what the layer behind that, `branch_pool`, is given.
+    """
+
+    def without_padding(layer, inputs):  # a sum of 9, some of them padding, over 9
+        return inputs[0] / F.avg_pool2d(torch.ones_like(inputs[0]), 3, 1, 1)
+
+    *others, last = [block for block in net.children() if hasattr(block, "branch_pool")]
+    for block in others:
+        block.branch_pool.register_forward_pre_hook(without_padding)
+    kept = []
+    last.register_forward_pre_hook(lambda block, x: kept.append(F.max_pool2d(x[0], 3, 1, 1)))
+    last.branch_pool.register_forward_pre_hook(lambda layer, inputs: kept.pop())
+
+
+# 7. Files, devices, processes
+# Nothing here is about diffusion: data sets, checkpoints, precision, seeds, output and signals.
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. `main` prints it as one line; the exit status is 2."""
+
+
+class Shapes:
+    """Draw circles, squares and triangles, 10,000 per split, with the interface of torchvision."""
 
     def __init__(self, root="", train=True, download=False):
         self.first = 0 if train else 10_000
-        self.targets = [i % 3 for i in range(10_000)]
 
     def __len__(self):
-        return len(self.targets)
+        return 10_000
 
     def __getitem__(self, i):
         rng = np.random.default_rng(self.first + i)
@@ -580,7 +838,7 @@ class Shapes:
         return image, i % 3
 
 
-SETS = {  # how to get it, its channels, and whether a mirrored picture is as good
+SETS = {  # the class, called as torchvision's are; channels; whether mirroring does no harm
     "shapes": (Shapes, 3, True),
     "mnist": (datasets.MNIST, 1, False),
     "fashion-mnist": (datasets.FashionMNIST, 1, False),
@@ -589,373 +847,320 @@ SETS = {  # how to get it, its channels, and whether a mirrored picture is as go
 }
 
 
-class Folder:
-    """The pictures below a folder, as (PIL image, 0). Raises UserError if there are none.
-
-    Hidden ones, links to folders and the folders of runs are left out.
-    """
-
-    def __init__(self, root):
-        endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-        runs = {path.parent for path in Path(root).rglob("ckpt.pt")}
-        self.paths, others = [], []
-        for path in sorted(Path(root).rglob("*")):
-            hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-            of_a_run = any(parent in runs for parent in path.parents)
-            if hidden or of_a_run or path.is_dir():
-                continue
-            if path.suffix.lower() in endings:
-                self.paths.append(path)
-            else:
-                others.append(path.suffix or path.name)
-        kinds = " ".join(sorted(set(others)))
-        left_out = f"{len(others)} files of kinds that Pillow can't read: {kinds:.99}"
-        if not self.paths:
-            raise UserError(f"{root} holds no images (looked for .png .jpg .webp ...; {left_out})")
-        if others:
-            say(f"{root}: left out {left_out}")
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # the pixels are whole, however long the text
-        Image.MAX_IMAGE_PIXELS = None  # Pillow refuses 179 megapixels; phones make 200
-        image = Image.open(self.paths[i])
-        if image.width * image.height > 3e8:
-            raise ValueError("it has more than 300 megapixels")
-        return image, 0
-
-
 def find_dataset(data, train):
-    """What --data names, as a data set of (PIL image, label). Raises UserError if there is none.
-
-    A folder; or one of SETS, its training or test split, downloaded to ./data; or a class of it.
-    """
-    name, _, label = data.partition("/")
-    if data and Path(data).is_dir():
-        if name in SETS:
-            say(f"--data {data}: using the folder ./{data}, not the data set of that name")
-        return Folder(data)
-    if name == "flowers102":  # torchvision's own needs scipy to read its labels
-        raise UserError("--data flowers102: unpack its archive and name the folder")
-    if name not in SETS:
-        raise UserError(f"--data {data!r} is neither a folder nor one of {', '.join(SETS)}")
+    """Return what --data names: the paths of a folder, or one of SETS, downloaded to ./data."""
+    if os.path.isdir(data):
+        return find_pictures(data)
+    if data not in SETS:
+        raise UserError(f"no pictures at --data {data!r}: name a folder, or {', '.join(SETS)}")
+    kind, _, _ = SETS[data]
     try:
-        dataset = SETS[name][0]("data", train=train, download=True)
-    except (OSError, RuntimeError) as error:  # no network, or a damaged download
-        raise UserError(f"can't download {name} to ./data ({error}): try again") from error
-    if not label:
-        return dataset
-    classes = [name.lower() for name in dataset.classes]
-    targets = [int(target) for target in dataset.targets]
-    members = [i for i, k in enumerate(targets) if label.lower() in (str(k), classes[k])]
-    if not members:
-        raise UserError(f"{name} has no class {label!r}, it has: {', '.join(classes)}")
-    return Subset(dataset, members)
+        return kind("data", train=train, download=True)
+    except Exception as error:  # a file that was cut short may raise anything
+        folder = Path("data", getattr(kind, "base_folder", kind.__name__))
+        hint = f"if a download broke off, delete {folder} and try again"
+        raise UserError(f"can't get {data} ({error!s:.200}): {hint}") from error
 
 
-def decode(image):
-    """A PIL image upright, on white, in mode L or RGB; raises whatever Pillow's decoder raises."""
-    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-        raise ValueError("it has 32 bits a channel: save it with 8 or 16")
+def find_pictures(folder):
+    """List the pictures below a folder, links followed, hidden ones and those of runs left out."""
+
+    def fail(error):
+        raise error
+
+    paths, seen = [], set()
+    for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen or {"ckpt.pt", "config.json"} <= set(files):  # by another link; or a run
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths += [Path(root, name) for name in files if not name.startswith(".")]
+    endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    pictures = sorted(path for path in paths if path.suffix.lower() in endings)
+    if not pictures:
+        raise UserError(f"{folder} holds no images (looked for .png .jpg .webp ...)")
+    say(f"{folder}: {len(pictures)} of {len(paths)} files are pictures")
+    return pictures
+
+
+def decode(image, size, mode):
+    """Crop a PIL image to (W, H) = size, upright, on white, in mode L or RGB."""
     image.load()
-    image.getexif()  # keeps the orientation, and the next line removes the raw tags,
-    image.info.pop("exif", None)  # not all of which can be written anew
+    with contextlib.suppress(Exception):  # the tags may be broken while the pixels are whole
+        image.getexif()  # keeps the orientation; not all the other tags could be written anew
+    for tags in ("exif", "Raw profile type exif"):
+        image.info.pop(tags, None)
     image = ImageOps.exif_transpose(image)
-    if "I" in image.mode:  # 16 bits, which Pillow's own conversion cuts off at 255
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion cuts off at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.mode in ("L", "RGB") and "transparency" not in image.info:
-        return image
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode not in ("L", "RGB") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return ImageOps.fit(image.convert(mode), size)
 
 
-def read_pictures(dataset, size, channels, order=None, at_once=256, what=""):
-    """Yields the pictures of a data set, or those in `order`, in batches: uint8 (N, C, H, W).
-
-    The middle of each, resized to (W, H) = size. Broken ones are named and left out. With a text
-    for `what`, shows how far it is. Raises UserError if none can be read.
-    """
-    order = order or range(len(dataset))
-    names = getattr(dataset, "paths", range(len(dataset)))  # a Folder's files, or numbers
+def read_pictures(dataset, size, channels, order=None):
+    """Yield the pictures, or those in `order`: uint8 (C, H, W), cropped to (W, H) = size."""
 
     def read(i):
+        item = dataset[i]  # a path, or an image and its label
         try:
-            image = decode(dataset[i][0])
+            image = Image.open(item) if isinstance(item, Path) else item[0]
+            return pil_to_tensor(decode(image, size, "L" if channels == 1 else "RGB"))
         except Exception as error:  # a decoder may raise anything on a broken file
-            say(f"skipped a broken picture, {names[i]}: {error or type(error).__name__}")
-            return None
-        image = image.convert("L" if channels == 1 else "RGB")
-        return pil_to_tensor(ImageOps.fit(image, size))
+            if lacks_memory(error):
+                raise
+            say(f"skipped a broken picture, {item}: {error or type(error).__name__}")
 
+    order = range(len(dataset)) if order is None else order
+    parts = [order[first : first + 64] for first in range(0, len(order), 64)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = 0
-    parts = [order[i : i + at_once] for i in range(0, len(order), at_once)]
-    if what:
-        parts = progress(parts, f"{what}, batch", len(parts))
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes outside of Python's lock
-        for part in parts:
-            pictures = [picture for picture in threads.map(read, part) if picture is not None]
-            found += len(pictures)
-            if pictures:
-                yield torch.stack(pictures)
+    with ThreadPoolExecutor(min(16, cores)) as threads:  # Pillow releases the GIL
+        for part in progress(parts, "reading pictures, batch", len(parts), 64):
+            for picture in filter(torch.is_tensor, threads.map(read, part)):
+                yield picture
+                found += 1
     if not found:
         raise UserError(f"none of the {len(order)} pictures can be read")
 
 
-def load_pictures(data, config):
-    """The training pictures of `data`, decoded once: uint8 (N, C, H, W). Raises UserError."""
-    dataset = find_dataset(data, train=True)
-    pictures = torch.empty(config.shape(len(dataset)), dtype=torch.uint8)
-    n, size, what = 0, config.shape(1)[2:], "reading pictures"
-    for batch in read_pictures(dataset, size, config.channels, what=what):
-        pictures[n : n + len(batch)] = batch
-        n += len(batch)
-    return pictures[:n]
-
-
-def epoch_order(n, seed, epoch):
-    """The order of n pictures in an epoch, a list: a function of the seed and the epoch alone."""
-    generator = torch.Generator().manual_seed(seed_of(seed, EPOCH, epoch))
-    return torch.randperm(n, generator=generator).tolist()
-
-
-def training_batches(pictures, config, step, passes=1):
-    """Yields this process's batches from a step on, uint8 (B / passes, C, H, W), for ever.
-
-    Picture k of a run is number k % n of epoch k // n, whatever the number of processes.
-    """
-    n, size = len(pictures), config.batch_size // passes
-    epoch, order = -1, []
-    for i in itertools.count(step * passes + RANK, WORLD):  # pass i of the run
-        rows = []
-        for k in range(i * size, (i + 1) * size):
-            if k // n != epoch:
-                epoch = k // n
-                order = epoch_order(n, config.seed, epoch)
-            rows.append(order[k % n])
-        yield pictures[torch.tensor(rows).to(pictures.device, non_blocking=True)]
-
-
 def some_pictures(data, config, n, seed):
-    """n pictures of `data`, of a named set's test split, in an order of the seed: (n, C, H, W)."""
+    """Read n pictures of `data`, or of a set's test split, shuffled: uint8 (n, C, H, W)."""
     dataset = find_dataset(data, train=False)
     order = epoch_order(len(dataset), seed, 0)
-    found = []
-    for batch in read_pictures(dataset, config.shape(1)[2:], config.channels, order, at_once=n):
-        found.extend(batch)
-        if len(found) >= n:
-            break
-    return torch.stack(found[:n])
+    pictures = read_pictures(dataset, config.shape(1)[2:], config.channels, order)
+    return torch.stack(list(itertools.islice(pictures, n)))
 
 
-# 4. Devices and files
+def new_run(config, out):
+    """Make the folder of a run, and in it pictures.bin: its pictures, decoded and resized."""
+    dataset = find_dataset(config.data, train=True)
 
+    def write_pictures(path):
+        with open(path, "wb") as file:
+            for picture in read_pictures(dataset, config.shape(1)[2:], config.channels):
+                file.write(picture.numpy().tobytes())
 
-def pick_device(name, amp):
-    """(device, dtype) of --device and --amp; dtype None is float32. Raises UserError."""
-    best = "cpu"
-    if torch.accelerator.is_available():
-        best = torch.accelerator.current_accelerator().type
-    if name == "auto":
-        name = best
-    if name not in ("cpu", best):
-        raise UserError(f"--device {name}: torch finds none on this machine, use auto or cpu")
-    has_bf16 = False  # without it in hardware it is emulated, a hundred times slower
-    if name == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    elif name == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older torch can't tell
-        can = torch.cpu.get_capabilities()
-        has_bf16 = can.get("amx_bf16", False) or can.get("avx512_bf16", False)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = amp != "off"  # --amp off is float32, in convolutions too
-    bf16 = amp == "bf16" or (amp == "auto" and has_bf16)
-    return torch.device(name), torch.bfloat16 if bf16 else None
-
-
-def in_precision(model, device, dtype, compiled=False):
-    """model(x_t, t), computed in mixed precision of this dtype, or in float32 if it is None."""
-    model = torch.compile(model) if compiled else model
-
-    def call(x_t, t):
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return model(x_t, t)
-
-    return call
-
-
-def replace_file(path, write):
-    """Writes a file whole or not at all: write(another path), flush, rename. Raises OSError."""
-    temporary = path.with_name("." + path.name)
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's when the disk is full
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"can't write {path} (a full disk?): {error}") from error
-    for wait in (0.1, 0.5, 2, 5, 0):
-        try:
-            return os.replace(temporary, path)
-        except PermissionError:  # on Windows, while a virus scanner has the old file open
-            time.sleep(wait)
-    raise OSError(f"can't replace {path}: its new content is in {temporary}")
+    with new_folder(out, Path("runs", Path(config.data).name)) as folder:
+        write_file(folder / "pictures.bin", write_pictures)
+    return folder
 
 
 @contextlib.contextmanager
-def new_file(paths):
-    """The first free path, as a file, removed if left empty. Raises UserError if none is free."""
-    for path in paths:
-        had_folder = path.parent.exists()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            path.open("x").close()
-            break
-    else:
-        raise UserError(f"{path} already exists: choose another --out")
+def new_folder(out, default):
+    """Make the folder `out`, new or empty, or the first free of default, default-2, ..."""
+    folder, number = Path(out or default), 1
+    while folder.exists() and not out:
+        number += 1
+        folder = default.with_name(f"{default.name}-{number}")
     try:
-        yield path
+        folder.mkdir(parents=True, exist_ok=bool(out))
+    except OSError as error:
+        raise UserError(f"can't make {folder} ({error.strerror}): choose another --out") from error
+    if any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: choose another --out")
+    try:
+        yield folder
     finally:
-        if path.exists() and path.stat().st_size == 0:
-            path.unlink()
-            if not had_folder:
-                with contextlib.suppress(OSError):  # there are other files by now
-                    path.parent.rmdir()
+        if not any(folder.iterdir()):  # it was of no use
+            folder.rmdir()
 
 
-# The authors' weights are published in the diffusers library's layout; config.json must say this:
-PUBLISHED = {
-    "act_fn": "silu",
-    "norm_num_groups": 32,
-    "norm_eps": 1e-6,
-    "downsample_padding": 0,
-    "attention_head_dim": None,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-}
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def load_tensors(path):
-    """What torch.save wrote, on the CPU; code in it is not run. Raises UserError if damaged."""
+def write_file(path, write):
+    """On torchrun's first process, call write(path), so that the file is whole or absent."""
+    if RANK > 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name("." + path.name)
+    whole = False
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # its unpickler may raise anything on a damaged file
-        raise UserError(f"{path} is damaged, or was not written by torch.save") from error
+        write(temporary)
+        whole = True
+        os.replace(temporary, path)  # if only this fails, the whole file stays under its other name
+    except (OSError, RuntimeError) as error:  # torch.save's is a RuntimeError if the disk is full
+        raise OSError(f"can't write {path} (a full disk?): {error}") from error
+    finally:
+        if not whole:
+            temporary.unlink(missing_ok=True)
 
 
-def read_published(path):
-    """Published weights as the dictionary that `train` saves; ValueError for another network."""
-    given = json.loads(path.with_name("config.json").read_bytes())
-    size, widths = given["sample_size"], given["block_out_channels"]
-    for name, value in PUBLISHED.items():
-        if given.get(name, "missing") != value:
-            raise ValueError(f"{name} is {given.get(name, 'missing')!r}, here it must be {value!r}")
-    if any(width % 128 for width in widths):  # thinner levels are normalised in fewer groups here
-        raise ValueError(f"block_out_channels is {widths}, here it must be multiples of 128")
-    levels = enumerate(given["down_block_types"])
-    config = {
-        "image_size": size,
-        "channels": given["in_channels"],
-        "base_channels": widths[0],
-        "channel_mults": tuple(width // widths[0] for width in widths),
-        "num_res_blocks": given["layers_per_block"],
-        "attention_resolutions": tuple(size // 2**i for i, kind in levels if "Attn" in kind),
-        # not in the file: the released scripts' values for CIFAR-10, and for the others
-        "variance": "fixedlarge" if size == 32 else "fixedsmall",
-        "dropout": 0.1 if size == 32 else 0.0,
-    }
-    weights = load_tensors(path)
-    for old, new in OLD_NAMES.items():
-        weights = {name.replace(f".{old}.", f".{new}."): w for name, w in weights.items()}
-    return {"config": config, "step": 0, "log": "", "model": weights, "ema": weights}
+PUBLISHED = "diffusion_pytorch_model.bin"  # the authors' weights, as the diffusers library has them
 
 
 def find_checkpoint(name=""):
-    """The file of a checkpoint, a run's folder or a published one; of the newest run if ""."""
+    """Return the path of the checkpoint that `name` means: a file, a folder, or "", the newest."""
     if not name:
         runs = sorted(Path("runs").rglob("ckpt.pt"), key=os.path.getmtime)
         if not runs:
             raise UserError("no run below ./runs: train first, or name a checkpoint")
         return runs[-1]
-    files = ("", "ckpt.pt", "diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.bin")
-    for file in files:
-        if Path(name, file).is_file():
-            return Path(name, file)
-    raise UserError(f"no checkpoint at {name} (looked for a file, or in it {', '.join(files[1:])})")
+    files = ("ckpt.pt", PUBLISHED, f"unet/{PUBLISHED}")
+    for path in [Path(name), *(Path(name, file) for file in files)]:
+        if path.is_file():
+            return path
+    looked = f"looked for a file, or in it {', '.join(files)}, but not .safetensors"
+    raise UserError(f"no checkpoint at {name} ({looked})")
 
 
 def load_checkpoint(path):
-    """(checkpoint, Config) of what `train` saved, or of published weights. Raises UserError."""
+    """Load what `train` saved, or published weights: return (EMA network, Config, checkpoint)."""
     try:
-        published = path.name == "diffusion_pytorch_model.bin"
-        checkpoint = read_published(path) if published else load_tensors(path)
-        missing = {"config", "step", "log", "model", "ema"} - set(checkpoint)
-        if missing:
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-        return checkpoint, Config(**checkpoint["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a checkpoint of this ddpm.py ({error})") from error
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if path.name == PUBLISHED:
+            checkpoint = from_published(path, checkpoint)
+        differing = names_of(Config) ^ checkpoint["config"].keys()
+        if differing:
+            raise ValueError(f"another version of it has other settings: {', '.join(differing)}")
+        config = Config(**checkpoint["config"])
+        ema = UNet(config)
+        ema.load_state_dict(checkpoint["ema"])
+    except Exception as error:  # the unpickler may raise anything on a damaged file
+        reason = "it holds code, which isn't run" if "GLOBAL" in str(error) else f"{error!s:.200}"
+        raise UserError(f"{path} is not a checkpoint of this ddpm.py: {reason}") from error
+    return ema.eval().requires_grad_(False), config, checkpoint
 
 
-def load_weights(model, weights):
-    """Copies weights, tensors by name, into a model. Raises UserError if they don't fit."""
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
-        raise UserError("the checkpoint's weights don't fit the network it describes") from error
+def from_published(path, weights):
+    """Convert published weights to a checkpoint. Raises ValueError if it is another network."""
+    given = json.loads(path.with_name("config.json").read_bytes())
+    expected = {"norm_num_groups": 32, "norm_eps": 1e-6, "downsample_padding": 0, "act_fn": "silu"}
+    expected |= {"attention_head_dim": None, "flip_sin_to_cos": False, "freq_shift": 1}
+    if not expected.items() <= given.items():  # what the shapes of the weights don't show
+        raise ValueError(f"its config.json differs from {expected}")
+    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    for old, new in names.items():
+        weights = {name.replace(f".{old}.", f".{new}."): w for name, w in weights.items()}
+    preset = "cifar10" if given["sample_size"] == 32 else "celebahq256"
+    return {"config": dataclasses.asdict(PRESETS[preset]), "ema": weights}
 
 
 def load(path="", device="cpu"):
-    """(EMA network, Diffusion, Config) to sample from; the path as `find_checkpoint` takes it."""
-    path = find_checkpoint(path)
-    checkpoint, config = load_checkpoint(path)
-    model, diffusion = build(config, device)
-    load_weights(model, checkpoint["ema"])
-    return model.eval().requires_grad_(False), diffusion, config
+    """Load what `find_checkpoint` finds, to sample from it: (EMA network, Diffusion, Config)."""
+    model, config, _ = load_checkpoint(find_checkpoint(path))
+    diffusion = Diffusion(config.timesteps, config.variance)
+    return model.to(device), diffusion.to(device), config
 
 
-# 5. Training
+def load_network(args):
+    """Load --ckpt for --device and --amp: return (model, Diffusion, Config, path)."""
+    device = pick_device(args.device)
+    dtype = pick_precision(device, args.amp)
+    path = find_checkpoint(args.ckpt)
+    model, diffusion, config = load(path, device)
+    for layer in model.modules():
+        if dtype and isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.to(dtype)  # once; autocast would cast the same layers at every step
+    if device.type == "cpu":
+        model.to(memory_format=torch.channels_last)  # a tenth faster in sampling
+    say(f"{path}: {device.type} in {dtype or 'float32'}, seed {args.seed}")
+    return in_precision(model, device, dtype), diffusion, config, path
 
 
-@torch.no_grad()
-def update_ema(ema, model, decay, step):
-    """ema <- decay * ema + (1 - decay) * model, their weights in float32, after step 0, 1, ..."""
-    decay = min(decay, (1 + step) / (10 + step))  # starts low, as TensorFlow's can
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+def pick_device(name):
+    """Return the torch.device of --device; "auto" is the accelerator, if there is one."""
+    best = torch.device("cpu")
+    if torch.accelerator.is_available():
+        best = torch.accelerator.current_accelerator()
+    if name not in ("auto", "cpu", best.type):
+        raise UserError(f"--device {name}: torch finds none on this machine, use auto or cpu")
+    if best.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return best if name == "auto" else torch.device(name)
 
 
-def learning_rate(config, step):
-    """Adam's rate: linear warm-up, constant (Appendix B), linear to 0 in the last `lr_decay`."""
-    warmup = min(1, (step + 1) / max(1, config.warmup))
-    decay = min(1, (config.steps - step) / max(1, config.lr_decay * config.steps))
-    return config.lr * warmup * decay
+def pick_precision(device, amp):
+    """Return the dtype of --amp; None is float32. "auto" takes bf16 where it isn't emulated."""
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
+    torch.backends.cudnn.allow_tf32 = amp != "off"  # "off" is float32 in convolutions, too
+    has_bf16 = False
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older torch can't tell
+        can = torch.cpu.get_capabilities()
+        has_bf16 = can.get("amx_bf16", False) or can.get("avx512_bf16", False)
+    return torch.bfloat16 if amp == "bf16" or (amp == "auto" and has_bf16) else None
+
+
+def in_precision(model, device, dtype):
+    """Return model(x_t, t), computed in mixed precision of this dtype, or in float32 if None."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)(model)  # a decorator
+
+
+def lacks_memory(error):
+    """Tell whether an error of Python, Pillow or torch says that there is not enough memory."""
+    signs = ("out of memory", "allocate memory", "enough memory", "alloc_failed")
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+
+
+EPOCH, STEP, PICTURE = range(3)  # the first number of a key: keeps different random streams apart
+
+
+def seed_of(seed, *key):
+    """Derive a seed from the run's seed and a key: one of the tags above, then integers."""
+    sequence = np.random.SeedSequence(seed, spawn_key=key)
+    return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def seeded_randn_like(seed, numbers, device):
+    """Return a randn_like that draws row i from a generator of its own, for picture numbers[i]."""
+    seeds = [seed_of(seed, PICTURE, number) for number in numbers]
+    generators = [torch.Generator(device).manual_seed(s) for s in seeds]
+
+    def randn_like(x):
+        rows = [torch.randn(x.shape[1:], generator=g, device=device) for g in generators]
+        return torch.stack(rows)
+
+    return randn_like
+
+
+TERMINAL = hasattr(sys.stdout, "isatty") and sys.stdout.isatty()  # not a file, nor a notebook
+RANK = int(os.environ.get("RANK", 0))  # the number of this process among torchrun's
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 
 
 def over_processes(tensor, op=dist.ReduceOp.SUM):
-    """A tensor's number, combined with those of torchrun's other processes."""
+    """Combine a tensor's number with those of torchrun's other processes."""
     if WORLD > 1:
         dist.all_reduce(tensor, op)
     return tensor.item()
 
 
+def say(text, end="\n"):
+    """Print a line on torchrun's first process; in a terminal, it replaces the progress line."""
+    try:
+        if RANK == 0:
+            print("\r\x1b[K" + text if TERMINAL else text, end=end, flush=True)
+    except OSError:  # nobody reads the output any longer
+        sys.stdout = None
+
+
+def progress(items, what, total, images, first=0, notes=()):
+    """Yield items, of so many images each, and show how far they are. The caller may set notes."""
+    start = shown = time.perf_counter()
+    for done, item in enumerate(items, first + 1):
+        yield item
+        now = time.perf_counter()
+        if done == total or now - shown > (0.1 if TERMINAL else 30):
+            shown = now
+            seconds = (now - start) / (done - first)  # per item
+            left = timedelta(seconds=round(seconds * (total - done)))
+            speed = f"{images / seconds:.3g} images/s"
+            line = "  ".join([f"{what} {done}/{total}", *notes, speed, f"{left} left"])
+            live = done < total and TERMINAL
+            width = os.get_terminal_size().columns - 1 if live else None  # longer lines wrap
+            say(line[:width], end="" if live else "\n")
+
+
 @contextlib.contextmanager
 def noted_signals():
-    """A list that Ctrl-C, SIGTERM and SIGHUP join, so that `train` can end a step and save."""
+    """Collect Ctrl-C and SIGTERM in a list, so that `train` can finish its step and save."""
     noted, usual = [], {}
-
-    def note(number, frame):
-        noted.append(number)
-        if WORLD == 1:  # a second one has its usual effect, but torchrun repeats the first
-            signal.signal(number, usual[number])
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            usual[number] = signal.signal(number, note)
+    if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
+        for number in (signal.SIGINT, signal.SIGTERM):
+            usual[number] = signal.signal(number, lambda number, frame: noted.append(number))
     try:
         yield noted
     finally:
@@ -963,654 +1168,178 @@ def noted_signals():
             signal.signal(number, handler)
 
 
-def draw(diffusion, model, shape, seed, batch_size, steps=0, eta=1.0):
-    """Samples pictures, (N, C, H, W) = shape, in batches: DDIM if given steps or an eta below 1.
-
-    Yields (number of the batch's first picture, steps left, x_t) after each step; with 0 left,
-    x_t is the pictures. Picture i of a seed is the same in any batch.
-    """
-    for first in range(0, shape[0], batch_size):
-        numbers = range(first, min(first + batch_size, shape[0]))
-        randn_like = seeded_randn_like(seed, numbers, diffusion.betas.device)
-        x_T = randn_like(torch.empty(len(numbers), *shape[1:]))
-        left = steps or diffusion.timesteps
-        if steps or eta < 1:
-            chain = diffusion.sample_ddim(model, x_T, left, eta, randn_like)
-        else:
-            chain = diffusion.sample(model, x_T, randn_like=randn_like)
-        for _, x_t, _ in chain:
-            left -= 1
-            yield first, left, x_t
-
-
-def finished(states):
-    """The pictures among what `draw` yields, in batches: uint8 (B, C, H, W)."""
-    return (to_uint8(x_t) for _, left, x_t in states if left == 0)
-
-
-def try_replace_file(path, write):
-    """replace_file for what a run can do without: a failure is a line."""
-    try:
-        replace_file(path, write)
-    except OSError as error:
-        say(str(error))
-
-
-@dataclasses.dataclass
-class Run:
-    """A network in training: what a checkpoint holds."""
-
-    model: nn.Module
-    ema: nn.Module
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    log: str = "step,loss,lr,grad_norm\n"
-
-
-def start_run(config, device, checkpoint=None):
-    """A Run: new, fine-tuned from a checkpoint of step 0, or resumed from one of a later step."""
-    torch.manual_seed(config.seed)
-    model = UNet(config).to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    run = Run(model, ema, torch.optim.Adam(model.parameters(), fused=True))
-    if checkpoint:
-        load_weights(model, checkpoint["model"])
-        load_weights(ema, checkpoint["ema"])
-    if checkpoint and checkpoint["step"] > 0:
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
-        run.step, run.log = checkpoint["step"], checkpoint["log"]
-    return run
-
-
-def save_run(run, config, path, write):
-    """Saves the checkpoint of a Run by `write`, which is replace_file or try_replace_file."""
-    state = {"config": dataclasses.asdict(config), "step": run.step, "log": run.log}
-    state["model"] = run.model.state_dict()
-    state["ema"] = run.ema.state_dict()
-    state["optimizer"] = run.optimizer.state_dict()
-    write(path, lambda file: torch.save(state, file))
-
-
-def draw_grid(ema, diffusion, config, path, dtype, batch_size):
-    """64 samples of the EMA as a PNG, always from the same noise, by DDIM in 50 steps."""
-    model = in_precision(ema, diffusion.betas.device, dtype)
-    steps = min(50, config.timesteps)
-    states = draw(diffusion, model, config.shape(64), config.seed, batch_size, steps)
-    try_replace_file(path, grid(torch.cat(list(finished(states)))).save)
-
-
-def train(config, pictures, out, device, dtype, checkpoint=None, signals=()):
-    """Algorithm 1 on pictures, uint8 (N, C, H, W); checkpoints, log.csv and grids go to `out`.
-
-    All noise is a function of (seed, step), so a resumed run ends bit for bit where an unbroken
-    one does. Returns the signal that ended it, or 0. Raises UserError if the loss is not finite.
-    """
-    passes = math.lcm(config.accumulate, WORLD)  # of all processes together
-    if config.batch_size % passes:
-        raise UserError(f"--batch-size {config.batch_size} for {WORLD} processes: use n * {passes}")
-    run = start_run(config, device, checkpoint)
-    diffusion = Diffusion(config.timesteps, config.variance).to(device)
-    net = run.model
-    if WORLD > 1:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    predict = in_precision(net, device, dtype, config.compile)
-    batches = training_batches(pictures, config, run.step, passes)
-    size = sum(weights.numel() for weights in run.model.parameters())
-    say(f"{size:,} parameters, {len(pictures):,} pictures, {device.type} in {dtype or 'float32'}")
-    say(f"run folder {out}\n{config}")
-
-    total_loss, logged, notes = torch.zeros((), device=device), run.step, []
-    steps = range(run.step, config.steps)
-    for step in progress(steps, "step", config.steps, run.step, config.batch_size, notes):
-        lr = learning_rate(config, step)
-        run.optimizer.param_groups[0].update(lr=lr, betas=(0.9, config.adam_beta_2))
-        for i in range(RANK, passes, WORLD):
-            torch.manual_seed(seed_of(config.seed, STEP, step, i))
-            x_0 = to_unit(next(batches).to(device, non_blocking=True))
-            if config.flip:
-                mirrored = torch.rand(len(x_0), 1, 1, 1, device=device) < 0.5
-                x_0 = torch.where(mirrored, x_0.flip(3), x_0)
-            net.require_backward_grad_sync = i + WORLD >= passes  # DDP: in the last pass alone
-            loss = diffusion.loss(predict, x_0) / (passes // WORLD)  # Algorithm 1, lines 2 to 5
-            loss.backward()
-            total_loss += loss.detach()
-        norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        update_ema(run.ema, run.model, config.ema_decay, step)
-
-        run.step = step + 1
-        stopped = over_processes(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX)
-        last = stopped > 0 or run.step == config.steps
-        saving = last or run.step % config.save_every == 0
-        if saving or run.step % config.log_every == 0:  # this waits for the device
-            loss = over_processes(total_loss) / WORLD / (run.step - logged)
-            total_loss, logged = torch.zeros_like(total_loss), run.step
-            if not math.isfinite(loss + norm):
-                raise UserError(f"loss not finite at step {run.step}: resume with a lower --lr")
-            run.log += f"{run.step},{loss:.6f},{lr:.6g},{norm:.4f}\n"
-            notes[:] = [f"loss {loss:.4f}", f"lr {lr:.1e}"]
-            if RANK == 0:
-                try_replace_file(out / "log.csv", lambda file: file.write_text(run.log))
-        if saving and RANK == 0:
-            save_run(run, config, out / "ckpt.pt", replace_file if last else try_replace_file)
-        if stopped and run.step < config.steps:
-            return stopped
-        if saving and RANK == 0:
-            file = out / f"step-{run.step:06}.png"
-            draw_grid(run.ema, diffusion, config, file, dtype, config.batch_size // passes)
-    return 0
-
-
-# 6. Samples and figures
-
-
-def load_network(args):
-    """(model, Diffusion, Config, path) of --ckpt; model(x_t, t) is ready for --device and --amp."""
-    device, dtype = pick_device(args.device, args.amp)
-    path = find_checkpoint(args.ckpt)
-    model, diffusion, config = load(path, device)
-    for layer in model.modules():
-        if dtype and isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.to(dtype)  # once, where autocast would cast anew at every step
-    if device.type == "cpu":
-        model.to(memory_format=torch.channels_last)  # 0.78 to 1.09 of the time, as measured
-    say(f"{path}: {device.type} in {dtype or 'float32'}, seed {args.seed}")
-    return in_precision(model, device, dtype, args.compile), diffusion, config, path
-
-
-def draw_as_told(args, model, diffusion, config, n):
-    """`draw` n pictures with the flags of the command line. Raises UserError if they can't be."""
-    if args.ddim_steps > diffusion.timesteps or not 0 <= args.eta <= 1:
-        raise UserError(f"--steps must be 1 to {diffusion.timesteps}, and --eta 0 to 1")
-    shape = config.shape(n)
-    return draw(diffusion, model, shape, args.seed, args.batch_size, args.ddim_steps, args.eta)
-
-
-def sample_command(args):
-    """`sample`: new pictures as a grid; if asked for, also one by one and as an animation."""
-    model, diffusion, config, path = load_network(args)
-    n = args.n or 64
-    states = draw_as_told(args, model, diffusion, config, n)
-    steps = args.ddim_steps or diffusion.timesteps
-    in_gif = set(np.linspace(0, steps - 1, 60).round())  # the steps left at its frames
-    names = (path.with_name(f"samples-{i:03}.png") for i in itertools.count())
-    if args.out:
-        names = [Path(args.out.removesuffix(".png") + ".png")]
-    with new_file(names) as out, contextlib.ExitStack() as stack:
-        folder, gif = out.with_suffix(""), out.with_suffix(".gif")
-        written = [out]
-        if args.individual:
-            folder.mkdir()
-            written.append(folder)
-        if args.gif:
-            stack.enter_context(new_file([gif]))
-            written.append(gif)
-        pictures, frames = [], []
-        total = math.ceil(n / args.batch_size) * steps
-        for first, left, x_t in progress(states, "sampling, step", total):
-            if args.gif and first == 0 and left in in_gif:
-                frames.append(grid(to_uint8(x_t)))
-            if left == 0:
-                batch = to_uint8(x_t).cpu()
-                pictures.append(batch)
-                for i, picture in enumerate(batch, first):
-                    if args.individual:
-                        replace_file(folder / f"{i:06}.png", to_pil_image(picture).save)
-        replace_file(out, grid(torch.cat(pictures)).save)
-        if args.gif:
-            how = {"save_all": True, "append_images": frames[1:], "duration": 60, "loop": 0}
-            replace_file(gif, lambda file: frames[0].save(file, **how))
-    files = ", ".join(map(str, written))
-    say(f"wrote {files}: {n} pictures of seed {args.seed}; for others use --seed {args.seed + 1}")
-    return 0
-
-
-def forward_figure(args):
-    """Pictures, and the same with more and more of one noise mixed in (Eq. 4)."""
-    times = range(1, 1001, 111)
-    diffusion = Diffusion()
-    x_0 = to_unit(some_pictures(args.data, Config(image_size=64), args.n or 4, args.seed))
-    eps = seeded_randn_like(args.seed, range(len(x_0)), "cpu")(x_0)
-    columns = [x_0] + [diffusion.q_sample(x_0, t, eps) for t in times]
-    return columns, f"columns: x_0, t = {', '.join(map(str, times))}"
-
-
-def progressive_figure(args):
-    """Two rows a picture along the reverse process: x_t, and the x_0 predicted from it (Fig. 6)."""
-    model, diffusion, config, _ = load_network(args)
-    T, device = diffusion.timesteps, diffusion.betas.device
-    times = (1 + np.linspace(T - 1, 0, min(11, T)).round().astype(int)).tolist()
-    randn_like = seeded_randn_like(args.seed, range(args.n or 4), device)
-    x_t = randn_like(torch.empty(config.shape(args.n or 4)))
-    columns = []
-    chain = diffusion.sample(model, x_t, randn_like=randn_like)
-    for t, x_next, x_0 in progress(chain, "step", T):
-        if t in times:
-            columns.append(torch.stack([x_t, x_0], 1).flatten(0, 1))
-        x_t = x_next
-    columns.append(torch.stack([x_t, x_t], 1).flatten(0, 1))
-    return columns, f"columns: t = {', '.join(map(str, times))}, x_0; rows: x_t, predicted x_0"
-
-
-def interpolate_figure(args):
-    """Two pictures noised to some t, mixed there by tenths, and denoised (Figs. 8 and 9)."""
-    model, diffusion, config, _ = load_network(args)
-    device = diffusion.betas.device
-    pictures = some_pictures(args.data or config.data, config, 2, args.seed)
-    x_0 = to_unit(pictures.to(device))[[0, -1]]
-    eps = seeded_randn_like(args.seed, [0, 1], device)(x_0)
-    starts = [max(1, diffusion.timesteps * eighth // 8) for eighth in range(1, 9)]
-    rows = []
-    for start in starts:
-        a, b = diffusion.q_sample(x_0, start, eps)
-        x_t = torch.stack([a.lerp(b, tenth / 10) for tenth in range(11)])
-        randn_like = seeded_randn_like(args.seed, [2] * 11, device)  # the same for the whole row
-        chain = diffusion.sample(model, x_t, start, randn_like)
-        for _, x_next, _ in progress(chain, "interpolating, step", start):
-            x_t = x_next
-        rows.append(torch.cat([x_0[:1], x_t, x_0[1:]]))
-    return torch.stack(rows, 1), f"columns: source, 0 to 1 by tenths, source; rows: {starts} steps"
-
-
-FIGURES = {
-    "forward": forward_figure,
-    "progressive": progressive_figure,
-    "interpolate": interpolate_figure,
-}
-
-
-def show_command(args):
-    """`show`: a figure of the paper as a PNG."""
-    with new_file([Path((args.out or args.figure).removesuffix(".png") + ".png")]) as out:
-        columns, text = FIGURES[args.figure](args)  # each (rows, C, H, W) in [-1, 1]
-        pictures = torch.stack(list(columns), 1).flatten(0, 1)
-        replace_file(out, grid(to_uint8(pictures), len(columns)).save)
-    say(f"wrote {out}, {text}")
-    return 0
-
-
-# 7. Evaluation
-
-
-def print_bound(model, diffusion, config, data, args):
-    """The variational bound in bits/dim, and its two parts (Sec. 4.3)."""
-    pictures = some_pictures(data, config, args.n or 64, args.seed)
-    say(f"bits/dim of {len(pictures)} pictures of {data!r}, of a named set's test split")
-    tables = []
-    for first in range(0, len(pictures), args.batch_size):
-        x_0 = to_unit(pictures[first : first + args.batch_size].to(diffusion.betas.device))
-        randn_like = seeded_randn_like(args.seed, range(first, first + len(x_0)), x_0.device)
-        what = f"bits/dim, pictures {first + 1} to {first + len(x_0)}, step"
-        terms = diffusion.bits_per_dim(model, x_0, randn_like)
-        terms = list(progress(terms, what, diffusion.timesteps + 1))
-        tables.append(torch.stack(terms))
-    table = torch.cat(tables, 1).cpu()  # (T + 1, N): L_0..L_T
-
-    rate, distortion = table[1:].sum(0), table[0]
-    parts = {"total": rate + distortion, "rate": rate, "distortion": distortion}
-    for name, bits in parts.items():
-        error = bits.std(correction=0) / len(bits) ** 0.5
-        say(f"{name:12} {bits.mean():7.4f} +- {error:.4f} bits/dim")
-
-
-INCEPTION = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth"
-)
-
-
-def pool_as_tensorflow(net):
-    """Makes torchvision's Inception3 pool as TensorFlow's graph of 2015 does.
-
-    That has no padding in its averages, and a maximum in the last block. The pools are inside
-    each block's forward: one hook pools the block's input, one gives it to the layer behind.
-    """
-    kept = []
-    for name, block in net.named_children():
-        if not hasattr(block, "branch_pool"):
-            continue
-
-        def keep(module, inputs, last=name == "Mixed_7c"):
-            if last:
-                kept.append(F.max_pool2d(inputs[0], 3, 1, 1))
-            else:
-                kept.append(F.avg_pool2d(inputs[0], 3, 1, 1, count_include_pad=False))
-
-        block.register_forward_pre_hook(keep)
-        block.branch_pool.register_forward_pre_hook(lambda module, inputs: kept.pop())
-
-
-def load_inception(file=None, device="cpu"):
-    """TensorFlow's Inception of 2015: uint8 (B, 1 or 3, H, W) -> (features (B, 2048), class
-    probabilities (B, 1008)). The weights of a file, or fetched once. Raises UserError."""
-    net = models.Inception3(1008, aux_logits=False, init_weights=False)
-    try:
-        if file:
-            weights = load_tensors(file)
-        else:
-            how = {"map_location": "cpu", "check_hash": True, "weights_only": True}
-            weights = torch.hub.load_state_dict_from_url(INCEPTION, **how)
-        net.load_state_dict(weights)
-    except (OSError, RuntimeError, TypeError, UserError) as error:
-        why = f"no Inception ({error!s:.60})"
-        raise UserError(f"{why}: fetch {INCEPTION} for --inception-weights") from error
-    pool_as_tensorflow(net)
-    classes = net.fc.weight.to(device)  # the reference IS has no bias here
-    net.fc = nn.Identity()
-    net.to(device).eval()
-
-    @torch.no_grad()
-    def inception(pictures):
-        x = to_unit(pictures.to(device)).expand(-1, 3, -1, -1)
-        features = net(F.interpolate(x, (299, 299), mode="bilinear"))
-        return features.cpu(), (features @ classes.T).softmax(1).cpu()
-
-    return inception
-
-
-def features_of(batches, inception):
-    """What `load_inception`'s function gives for all pictures of the batches, 16 at a time."""
-    features, probabilities = [], []
-    for batch in batches:
-        for part in batch.split(16):
-            part_features, part_probabilities = inception(part)
-            features.append(part_features)
-            probabilities.append(part_probabilities)
-    return torch.cat(features), torch.cat(probabilities)
-
-
-def gaussian_of(features):
-    """Mean (D,) and covariance (D, D), in float64, of features (N, D)."""
-    mean = features.mean(0, dtype=torch.float64)
-    products = 0
-    for part in features.split(1024):  # all of them in float64 may not fit
-        centred = part.double() - mean
-        products = products + centred.T @ centred
-    return mean, products / max(1, len(features) - 1)
-
-
-def frechet_distance(a, b):
-    """FID (Heusel et al. 2017) of two sets of features (N, D):
-    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))."""
-    mean_a, cov_a = gaussian_of(a)
-    mean_b, cov_b = gaussian_of(b)
-    roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()  # rounding can pass 0
-    return ((mean_a - mean_b).square().sum() + (cov_a + cov_b).trace() - 2 * roots.sum()).item()
-
-
-def inception_score(probabilities, splits=10):
-    """IS (Salimans et al. 2016), exp E KL(p(y|x) || p(y)): mean and deviation of so many splits."""
-    scores = []
-    for part in probabilities.tensor_split(splits):
-        p = part.double()
-        kl = (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1)
-        scores.append(kl.mean().exp().item())
-    return np.mean(scores), np.std(scores)
-
-
-def size_of(folder):
-    """(width, height) of all pictures of a Folder. Raises UserError, naming two, if they differ."""
-    sizes = {}
-    for i, path in enumerate(folder.paths):
-        with contextlib.suppress(Exception):  # broken ones are named when they are read
-            sizes.setdefault(folder[i][0].size, path)
-    if len(sizes) > 1:
-        (size, path), (other_size, other), *_ = sizes.items()
-        raise UserError(f"samples must have one size: {path} has {size}, {other} {other_size}")
-    return next(iter(sizes), (1, 1))
-
-
-def eval_command(args):
-    """`eval`: bits/dim of the network (Sec. 4.3); FID and Inception Score of samples."""
-    metrics = set(args.metrics or (["fid", "is"] if args.samples else ["bpd"]))
-    data = args.data
-    if "bpd" in metrics or not args.samples:
-        model, diffusion, config, _ = load_network(args)
-        n, size, channels = args.n or 50_000, config.shape(1)[2:], config.channels
-        data = data or config.data
-        batches = finished(draw_as_told(args, model, diffusion, config, n))
-        total = math.ceil(n / args.batch_size)
-        batches = progress(batches, "sampling, batch", total, images=args.batch_size)
-        steps = args.ddim_steps or config.timesteps
-        source = f"samples in {steps} steps, eta {args.eta}, amp {args.amp}"
-    if args.samples:
-        folder = Folder(args.samples)
-        n, size, channels = len(folder), size_of(folder), 3
-        batches = read_pictures(folder, size, channels, what="reading samples")
-        source = f"pictures of {args.samples}"
-
-    # what can be missing is looked for before anything is computed
-    if "is" in metrics and n < 10:
-        raise UserError(f"10 splits of an Inception Score need at least 10 pictures, not {n}")
-    if "fid" in metrics:
-        training_set = find_dataset(data, train=True)
-    if "fid" in metrics or "is" in metrics:
-        inception = load_inception(args.inception_weights, pick_device(args.device, args.amp)[0])
-
-    if "bpd" in metrics:
-        print_bound(model, diffusion, config, data, args)
-    if metrics == {"bpd"}:
-        return 0
-    features, probabilities = features_of(batches, inception)
-    made = f"{len(features)} {source}"
-    if n < 10_000:
-        say("fewer than 10,000 pictures: FID comes out too high, Inception Score too low")
-    if "fid" in metrics:
-        batches = read_pictures(training_set, size, channels, what="features of the training set")
-        theirs, _ = features_of(batches, inception)
-        fid = frechet_distance(features, theirs)
-        say(f"FID {fid:.3f} of {made}, against {len(theirs)} training pictures of {data!r}")
-    if "is" in metrics:
-        mean, deviation = inception_score(probabilities)
-        say(f"Inception Score {mean:.3f} +- {deviation:.3f} of {made}")
-    return 0
-
-
 # 8. The command line
-
-
-def preset_config(args, given):
-    """The Config of a preset, changed by the given settings; some follow the data and the size."""
-    slow = args.device == "cpu" or not torch.accelerator.is_available()
-    preset = args.preset or ("tiny" if slow else "cifar10")
-    if preset == "cifar10" and not args.preset and "steps" not in given:
-        say("training the paper's network for 800,000 steps; for less, --steps N or --preset tiny")
-    settings = dataclasses.asdict(PRESETS[preset])
-    data = given.get("data", "")
-    name = data.partition("/")[0]
-    if name in SETS and not Path(data).is_dir():
-        _, settings["channels"], settings["flip"] = SETS[name]
-    settings |= given
-    if "attention_resolutions" not in given:  # the preset's, if the network has them
-        wanted = settings.pop("attention_resolutions")
-        sizes = Config(**settings, attention_resolutions=()).sizes()
-        kept = [size for size in wanted if size in sizes]
-        if wanted and not kept:
-            kept = sizes[-1:]
-        settings["attention_resolutions"] = tuple(kept)
-    return Config(**settings)
-
-
-def checkpoint_config(args, given):
-    """(Config, checkpoint, its path) to resume, or with step 0 to fine-tune. Raises UserError."""
-    path = find_checkpoint(args.init_from or args.out)
-    checkpoint, learned = load_checkpoint(path)
-    names = [field.name for field in dataclasses.fields(Config)]
-    for name in names[: names.index("dropout")]:  # what the weights are learned for
-        value = getattr(learned, name)
-        if given.get(name, value) != value:
-            raise UserError(f"{path} has {flag_of(name)} {value}, which can't be changed")
-    if args.init_from:
-        checkpoint["step"] = 0
-        checkpoint["model"] = checkpoint["ema"]
-        return dataclasses.replace(learned, **({"data": ""} | given)), checkpoint, path
-    config = dataclasses.replace(learned, **given)
-    if "optimizer" not in checkpoint:
-        raise UserError(f"{path} holds only weights: fine-tune them with --init-from")
-    if checkpoint["step"] >= config.steps:
-        raise UserError(f"{path} is finished after {checkpoint['step']} steps: raise --steps")
-    if config.data != learned.data and not args.out:
-        raise UserError(f"{path} was trained on {learned.data!r}: name another run with --out")
-    return config, checkpoint, path
-
-
-def log_names(data):
-    """Yields where a new run can write log.csv: in runs/NAME, runs/NAME-2, ..."""
-    name = data.replace("/", "-")
-    if Path(data).is_dir():
-        name = Path(os.path.abspath(data)).name
-    yield Path("runs", name, "log.csv")
-    for i in itertools.count(2):
-        yield Path("runs", f"{name}-{i}", "log.csv")
+# Each command is a function of the parsed arguments; `sample`, `show` and `eval` stand above.
 
 
 def train_command(args):
-    """`train`: a preset or a checkpoint, changed by the flags given, trains on --data."""
-    given = {}
-    for field in dataclasses.fields(Config):
-        value = getattr(args, field.name)
-        if value is not None:
-            given[field.name] = tuple(value) if field.type is tuple else value
-    checkpoint = None
-    if args.resume or args.init_from:
-        config, checkpoint, path = checkpoint_config(args, given)
-    else:
-        config = preset_config(args, given)
-    device, dtype = pick_device(args.device, config.amp)
-    if WORLD > 1:  # gloo for numbers that live on the CPU; grids keep the others waiting
+    """Train a network on a folder of pictures, or on a data set by name."""
+    config, checkpoint, out = choose_config(args)
+    device = pick_device(args.device)
+    torch.manual_seed(config.seed)
+    model, diffusion = build(config, device)
+    if WORLD > 1:  # gloo is for numbers on the CPU; decoding can take long
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=3))
-
-    with contextlib.ExitStack() as stack:
-        out = path.parent if args.resume else Path()
-        if RANK == 0 and not args.resume:
-            logs = [Path(args.out, "log.csv")] if args.out else log_names(config.data)
-            out = stack.enter_context(new_file(logs)).parent
-        pictures = load_pictures(config.data, config)
-        if pictures.numel() <= config.cache_gb * 2**30:
-            pictures = pictures.to(device)
-        if RANK == 0:
-            settings = json.dumps(dataclasses.asdict(config), indent=2)
-            replace_file(out / "config.json", lambda file: file.write_text(settings))
-        signals = stack.enter_context(noted_signals())
-        stopped = train(config, pictures, out, device, dtype, checkpoint, signals)
+    if RANK == 0 and not out:
+        out = new_run(config, args.out)
+    if WORLD > 1:  # the others wait for the folder
+        folder = [out]
+        dist.broadcast_object_list(folder, device=torch.device("cpu"))
+        out = folder[0]
+    settings = json.dumps(dataclasses.asdict(config), indent=2)
+    write_file(out / "config.json", lambda path: path.write_text(settings))
+    pictures = np.memmap(out / "pictures.bin", np.uint8, "r").reshape(config.shape(-1))
+    with noted_signals() as signals:
+        stopped = train(config, model, diffusion, pictures, out, checkpoint, signals)
     if WORLD > 1:  # not after an error: it would wait for the others, which torchrun ends
-        time.sleep(0.1)  # torch 2.6 waits for ever for threads that need Python to end
+        time.sleep(0.1)  # torch 2.6 hangs if a thread of its own still needs Python
         dist.destroy_process_group()
     if stopped:
-        say(f"stopped and saved; to resume: python ddpm.py train --resume --out {out}")
+        say(f"stopped and saved; to resume: python ddpm.py train --resume {shlex.quote(str(out))}")
         return 128 + stopped
-    say(f"training finished; to draw new pictures: python ddpm.py sample --ckpt {out / 'ckpt.pt'}")
-    return 0
+    say(f"finished; to draw new pictures: python ddpm.py sample --ckpt {shlex.quote(str(out))}")
+
+
+def choose_config(args):
+    """Return train's Config, the checkpoint to start from, if any, and the folder to resume in."""
+    given = {}
+    for name in names_of(Config) & vars(args).keys():
+        value = getattr(args, name)
+        given[name] = tuple(value) if isinstance(value, list) else value
+    if os.path.isdir(given.get("data", "")):
+        given["data"] = os.path.abspath(given["data"])
+    checkpoint = out = None
+    if args.resume is None and not args.init_from:
+        slow = pick_device(args.device).type == "cpu"
+        config = PRESETS[args.preset or ("tiny" if slow else "cifar10")]
+        if given.get("data") in SETS:
+            _, channels, flip = SETS[given["data"]]
+            config = dataclasses.replace(config, channels=channels, flip=flip)
+    else:
+        path = find_checkpoint(args.init_from or args.resume)
+        ema, config, checkpoint = load_checkpoint(path)
+        for name in names_of(Architecture):
+            if given.get(name, getattr(config, name)) != getattr(config, name):
+                raise UserError(f"{path} has learned with another {name}: it can't be changed")
+    if args.init_from:
+        checkpoint = {"model": ema.state_dict(), "ema": ema.state_dict()}
+    if args.resume is not None:
+        if "optimizer" not in checkpoint:
+            raise UserError(f"{path} holds only weights: fine-tune them with --init-from")
+        if args.out or given.get("data", config.data) != config.data:
+            raise UserError(f"{path} goes on in its folder and with its pictures: try --init-from")
+        if checkpoint["step"] >= given.get("steps", config.steps):
+            raise UserError(f"{path} is finished after {checkpoint['step']} steps: raise --steps")
+        out = path.parent
+    config = dataclasses.replace(config, **given)
+    if config.batch_size % (config.accumulate * WORLD):
+        raise UserError(f"--batch-size must be a multiple of --accumulate times {WORLD} processes")
+    for size in given.get("attention_resolutions", ()):
+        if size not in config.sizes():
+            raise UserError(f"--attention-resolutions {size} must be among {config.sizes()}")
+    return config, checkpoint, out
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are one line, as all others of this program."""
+    """A parser whose complaints are one line, like all others of this program."""
 
     def error(self, message):
         raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
-def at_least(low):
-    """An argparse type: whole numbers from `low`."""
+def between(low, high=10**9, kind=int):
+    """Return an argparse type: numbers from `low` to `high`."""
 
-    def whole_number(text):
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is below {low}")
-        return int(text)
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
 
-    return whole_number
+    return number
 
 
-def add_command(commands, name, run, out=""):
-    """Adds a command: a parser that sets `run`; `out` says what the command writes, if it does."""
-    parser = commands.add_parser(name, help=run.__doc__, allow_abbrev=False)
+def add_command(commands, name, run, n=0, amp="auto"):
+    """Add the command that calls `run`; if it loads a network, it takes n pictures by default."""
+    about = {"help": run.__doc__, "description": run.__doc__, "allow_abbrev": False}
+    parser = commands.add_parser(name, **about)
     parser.set_defaults(run=run)
-    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    if out:
-        parser.add_argument("--out", default="", help=out)
+    add = parser.add_argument
+    if n:
+        add("--ckpt", default="", help="checkpoint, run's folder or published weights [newest run]")
+        add("-n", type=between(1), default=n, help=f"how many pictures [{n}]")
+        add("--seed", type=between(0), default=0, help="seed of all random numbers [0]")
+        add("--device", default="auto", help="cpu, cuda or mps [auto]")
+        add("--amp", choices=("auto", "off", "bf16"), default=amp, help=f"mixed precision [{amp}]")
     return parser
 
 
-def add_network_flags(parser, n, amp="auto"):
-    """Flags of the commands that load a network; n says how many pictures by default."""
-    add = parser.add_argument
-    add("--ckpt", default="", help="a checkpoint, run's folder or published weights [newest run]")
-    add("--amp", choices=("auto", "off", "bf16"), default=amp, help=f"mixed precision [{amp}]")
-    add("--compile", action="store_true", help="torch.compile: a slow start, then faster; for CUDA")
-    add("--seed", type=at_least(0), default=0, help="seed of all noise [0]")
-    add("-n", type=at_least(1), help=f"how many pictures [{n}]")
-
-
-def add_sampling_flags(parser):
-    """Flags of the commands that draw samples."""
-    add = parser.add_argument
-    add("--batch-size", type=at_least(1), default=128, help="pictures computed at a time [128]")
-    add("--steps", type=at_least(1), default=0, dest="ddim_steps", help="DDIM in so many steps")
-    add("--eta", type=float, default=1.0, help="noise of DDIM, 0 to 1, as much as DDPM's [1]")
-
-
 def make_parser():
-    """The parser of the command line."""
+    """Build the parser of the command line."""
     parser = Parser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(run=lambda args: parser.print_help())
+    commands = parser.add_subparsers(metavar="COMMAND")
 
-    train = add_command(commands, "train", train_command, "the run's folder [runs/NAME]")
-    start = train.add_mutually_exclusive_group()
-    start.add_argument("--preset", choices=PRESETS, help="[cifar10 with an accelerator, else tiny]")
-    start.add_argument("--resume", action="store_true", help="the run in --out, or the newest")
-    start.add_argument("--init-from", metavar="CKPT", help="fine-tune the weights of a checkpoint")
-    for field in dataclasses.fields(Config):
-        how = {"type": field.type, "choices": field.metadata["choices"]}
-        if field.type is tuple:
-            how = {"type": int, "nargs": "*"}
-        elif field.type is bool:
+    train = add_command(commands, "train", train_command)
+    train.description += " Defaults in brackets are those of cifar10; on a CPU the preset is tiny."
+    add, start = train.add_argument, train.add_mutually_exclusive_group().add_argument
+    add("--data", default=argparse.SUPPRESS, help=f"a folder of pictures, or {', '.join(SETS)}")
+    start("--preset", choices=PRESETS, help="settings to start from [cifar10; on a CPU tiny]")
+    start("--resume", nargs="?", const="", metavar="RUN", help="go on with a run [the newest]")
+    start("--init-from", metavar="CKPT", help="fine-tune the weights of a checkpoint")
+    add("--out", help="the run's folder, new or empty [runs/NAME, or runs/NAME-2, ...]")
+    add("--device", default="auto", help="cpu, cuda or mps [auto]")
+    fields = {field.name: field for field in dataclasses.fields(Config) if field.name != "data"}
+    for name, field in fields.items():
+        how = {"choices": field.metadata["choices"], "type": field.type}
+        if field.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        train.add_argument(flag_of(field.name), help=field.metadata["help"], **how)
+        elif field.type is tuple:
+            how = {"type": between(1), "nargs": "*"}
+        elif field.type is not str:
+            low = {"timesteps": 2, "warmup": 0, "seed": 0}.get(name, int(field.type is int))
+            how["type"] = between(low, 1 if name == "dropout" else 10**9, field.type)
+        how |= {"default": argparse.SUPPRESS, "help": field.metadata["help"]}
+        add("--" + name.replace("_", "-"), **how)
 
-    sample = add_command(commands, "sample", sample_command, "the PNG [beside the checkpoint]")
-    add_network_flags(sample, n=64)
-    add_sampling_flags(sample)
-    sample.add_argument("--individual", action="store_true", help="each picture as a file, too")
-    sample.add_argument("--gif", action="store_true", help="an animation of the first batch, too")
+    add = add_command(commands, "sample", sample_command, n=64).add_argument
+    add("--out", help="a new or empty folder [samples, beside the checkpoint]")
+    add("--batch-size", type=between(1), default=128, help="pictures computed at a time [128]")
+    add("--steps", type=between(1), default=0, help="steps of DDIM, which is faster [DDPM]")
+    add("--eta", type=between(0, 1, float), default=1.0, help="noise of DDIM, 1 as DDPM's [1]")
+    add("--individual", action="store_true", help="write each picture as a file, too")
+    add("--gif", action="store_true", help="write an animation of the first 64, too")
 
-    evaluate = add_command(commands, "eval", eval_command)
-    add_network_flags(evaluate, n="64, or 50000 for fid and is", amp="off")  # as in a paper
-    add_sampling_flags(evaluate)
-    evaluate.add_argument("--metrics", nargs="+", choices=("bpd", "fid", "is"), help="[bpd]")
-    evaluate.add_argument("--data", default="", help="other pictures than those of the run")
-    evaluate.add_argument("--samples", default="", help="a folder of pictures to score")
-    evaluate.add_argument("--inception-weights", help="a file, if they can't be fetched")
+    add = add_command(commands, "eval", eval_command, n=64, amp="off").add_argument
+    add("--batch-size", type=between(1), default=128, help="pictures computed at a time [128]")
+    add("--data", default="", help="pictures to measure with [those of the run]")
+    add("--samples", nargs="+", metavar="FOLDER", help="folders of pictures: FID against --data")
 
-    show = add_command(commands, "show", show_command, "the PNG [FIGURE.png]")
-    show.add_argument("figure", choices=FIGURES)
-    add_network_flags(show, n=4)
-    show.add_argument("--data", default="", help="other pictures than those of the run")
+    add = add_command(commands, "show", show_command, n=4).add_argument
+    add("figure", choices=FIGURES)
+    add("--out", help="the PNG [FIGURE.png]")
+    add("--data", default="", help="pictures to start from [those of the run]")
     return parser
 
 
 def main(argv=None):
-    """The command line; returns the exit status. Mistakes are one line on stderr and status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not in a notebook, nor when the stream is closed
-            stream.reconfigure(errors="backslashreplace")  # not every name can be printed
+    """Run a command line; return its exit status. A mistake is one line on stderr and status 2."""
     try:
         args = make_parser().parse_args(argv)
-        return args.run(args)
+        if WORLD > 1 and args.run is not train_command:
+            raise UserError("torchrun is for train: here each process would do the same work")
+        return args.run(args) or 0
     except (UserError, OSError) as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        if not (isinstance(error, MemoryError) or "of memory" in text or "ate memory" in text):
+        if not lacks_memory(error):
             raise
-        message = f"out of memory ({error}): lower --batch-size or raise --accumulate; "
-        message += "for the pictures --image-size, or on a GPU --cache-gb"
+        message = f"out of memory: lower --batch-size or, in training, raise --accumulate ({error})"
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 128 + signal.SIGINT
-    print("error:", " ".join(message.split()), file=sys.stderr)  # some have several lines
-    return 2
+        message = "stopped"
+    say("", end="")  # the error takes the place of a progress line
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 130 if message == "stopped" else 2
 
 
 if __name__ == "__main__":
