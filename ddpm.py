@@ -138,7 +138,8 @@ class Diffusion(nn.Module):
         eta = 0 adds no noise; eta = 1 in all T steps is Algorithm 2 with variance beta~_t.
         """
         if not (1 <= steps <= self.timesteps and 0 <= eta <= 1):
-            raise UserError(f"can't take {steps} of {self.timesteps} steps with eta {eta}")
+            limits = f"--steps must be from 1 to {self.timesteps}, and --eta from 0 to 1"
+            raise UserError(f"{limits}: not {steps} and {eta}")
         times = 1 + np.linspace(self.timesteps - 1, 0, steps).round().astype(int)
         # float64, as 1 - alpha_bar has few digits in float32; on the CPU, as MPS has no float64
         alpha_bars = (1 - self.betas.cpu().double()).cumprod(0).tolist()
@@ -203,6 +204,9 @@ def setting(default, help, choices=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+PRECISIONS = ("auto", "off", "bf16", "fp16")
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """What weights are learned for: it stays when a network is resumed or fine-tuned."""
@@ -234,7 +238,7 @@ class Config(Architecture):
     ema_decay: float = setting(0.9999, "decay of the moving average (EMA) of the weights")
     flip: bool = setting(True, "mirror half of the pictures, left to right")
     seed: int = setting(0, "seed of all random numbers")
-    amp: str = setting("auto", "mixed precision", choices=("auto", "off", "bf16"))
+    amp: str = setting("auto", "mixed precision", choices=PRECISIONS)
     compile: bool = setting(False, "use torch.compile: a slow start, then faster; for CUDA")
     data: str = setting("", "a folder of pictures, or one of SETS")
     log_every: int = setting(100, "steps between rows of log.csv")
@@ -244,6 +248,8 @@ class Config(Architecture):
         multiple = 2 ** (len(self.channel_mults) - 1)  # each level but the first halves the size
         if self.image_size % multiple:
             raise UserError(f"--image-size {self.image_size} must be a multiple of {multiple}")
+        if self.timesteps < 2 or not 0 <= self.dropout <= 1:
+            raise UserError("--timesteps must be at least 2, and --dropout from 0 to 1")
 
     def sizes(self):
         """Return the height, or width, of each level's feature maps."""
@@ -252,6 +258,10 @@ class Config(Architecture):
     def shape(self, n):
         """Return the shape of n pictures: (n, C, H, W)."""
         return n, self.channels, self.image_size, self.image_size
+
+
+FIXED = {field.name for field in dataclasses.fields(Architecture)}
+SETTINGS = {field.name for field in dataclasses.fields(Config)}
 
 
 def sinusoidal_embedding(t, dim):
@@ -415,11 +425,6 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h))).to(x_t.dtype)  # not autocast's dtype
 
 
-def names_of(settings):
-    """Return the names of the fields of a dataclass."""
-    return {field.name for field in dataclasses.fields(settings)}
-
-
 def build(config, device=None):
     """Return the (UNet, Diffusion) of a Config."""
     return UNet(config).to(device), Diffusion(config.timesteps, config.variance).to(device)
@@ -494,7 +499,7 @@ PRESETS = {
 }
 
 
-def train(config, model, diffusion, pictures, out, checkpoint=None, signals=()):
+def train(config, model, diffusion, pictures, out, checkpoint, signals=()):
     """Train on pictures, uint8 (N, C, H, W); write checkpoints, log.csv and grids to folder `out`.
 
     All noise depends on the seed and the step alone: on a CPU, a resumed run ends bit for bit where
@@ -503,14 +508,17 @@ def train(config, model, diffusion, pictures, out, checkpoint=None, signals=()):
     device = diffusion.betas.device
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    saved = {"model": model, "ema": ema, "optimizer": optimizer}
-    checkpoint = checkpoint or {}
-    for name in saved.keys() & checkpoint.keys():  # to fine-tune, there is no optimiser
-        saved[name].load_state_dict(checkpoint[name])
+    dtype = pick_precision(device, config.amp)
+    scaler = torch.amp.GradScaler(
+        device.type, enabled=dtype == torch.float16
+    )  # else it does nothing
+    saved = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    for name, part in saved.items():
+        if checkpoint.get(name):  # to fine-tune, there is no optimiser; without fp16, no scale
+            part.load_state_dict(checkpoint[name])
     done = checkpoint.get("step", 0)
     log = checkpoint.get("log", ["step,loss,lr,grad_norm\n"])
 
-    dtype = pick_precision(device, config.amp)
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     net = torch.compile(net) if config.compile else net
     predict = in_precision(net, device, dtype)
@@ -527,10 +535,12 @@ def train(config, model, diffusion, pictures, out, checkpoint=None, signals=()):
         optimizer.param_groups[0].update(lr=lr, betas=(0.9, config.adam_beta_2))
         for x_0 in parts_of_batch(config, pictures, step, device):  # Algorithm 1, line 2
             loss = diffusion.loss(predict, x_0)  # lines 3 to 5
-            (loss / config.accumulate).backward()
+            scaler.scale(loss / config.accumulate).backward()
             losses.append(loss.detach())
+        scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        optimizer.step()
+        scaler.step(optimizer)  # but not if a gradient overflows in fp16
+        scaler.update()
         optimizer.zero_grad()
         update_ema(ema, model, config.ema_decay, step)
 
@@ -540,7 +550,7 @@ def train(config, model, diffusion, pictures, out, checkpoint=None, signals=()):
         if saving or done % config.log_every == 0:  # reading the loss waits for the device
             loss = over_processes(torch.stack(losses).mean()) / WORLD
             losses.clear()
-            if not math.isfinite(loss + norm):
+            if not math.isfinite(loss if scaler.is_enabled() else loss + norm):
                 raise UserError(f"loss not finite at step {done}: resume with a lower --lr")
             log.append(f"{done},{loss:.6f},{lr:.6g},{norm:.4f}\n")
             notes[:] = [f"loss {loss:.4f}", f"lr {lr:.1e}"]
@@ -663,7 +673,7 @@ def progressive(args):
     """Show x_t in a row, and under it the x_0 predicted from it (Fig. 6)."""
     model, diffusion, config, _ = load_network(args)
     T = diffusion.timesteps
-    times = (1 + np.linspace(T - 1, 0, min(11, T)).round().astype(int)).tolist()
+    times = range(T, 0, -math.ceil(T / 11))
     x_t, chain = draw(model, diffusion, config, args.seed, range(args.n))
     columns = []
     for t, x_next, x_0 in progress(chain, "sampling, step", T, args.n / T):
@@ -671,7 +681,7 @@ def progressive(args):
             columns.append(torch.stack([x_t, x_0], 1).flatten(0, 1))
         x_t = x_next
     columns.append(torch.stack([x_t, x_t], 1).flatten(0, 1))
-    return torch.stack(columns, 1), f"columns: t = {times}, x_0; rows: x_t, predicted x_0"
+    return torch.stack(columns, 1), f"columns: t = {[*times]}, x_0; rows: x_t, predicted x_0"
 
 
 def interpolate(args):
@@ -743,8 +753,8 @@ def print_fid(args):
     ours = features_of(read_pictures(samples, size, 3), inception)
     theirs = features_of(read_pictures(training_set, size, 3), inception)
     fid = frechet_distance(ours, theirs)
-    say(f"FID {fid:.3f} of {len(ours)} pictures, against {len(theirs)} of {args.data} for training")
-    say("(with fewer than 10,000 pictures, FID comes out too high)")
+    say(f"FID {fid:.3f} of {len(ours)} pictures, against {len(theirs)} of {args.data} to train on")
+    say("Below 10,000 pictures, FID comes out too high.")
 
 
 def features_of(pictures, inception):
@@ -998,11 +1008,12 @@ def find_checkpoint(name=""):
             raise UserError("no run below ./runs: train first, or name a checkpoint")
         return runs[-1]
     files = ("ckpt.pt", PUBLISHED, f"unet/{PUBLISHED}")
-    for path in [Path(name), *(Path(name, file) for file in files)]:
-        if path.is_file():
-            return path
-    looked = f"looked for a file, or in it {', '.join(files)}, but not .safetensors"
-    raise UserError(f"no checkpoint at {name} ({looked})")
+    for file in ("", *files):
+        if Path(name, file).is_file():
+            return Path(name, file)
+    raise UserError(
+        f"no checkpoint at {name} (it may be, or hold, {', '.join(files)}, not .safetensors)"
+    )
 
 
 def load_checkpoint(path):
@@ -1011,7 +1022,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if path.name == PUBLISHED:
             checkpoint = from_published(path, checkpoint)
-        differing = names_of(Config) ^ checkpoint["config"].keys()
+        differing = SETTINGS ^ checkpoint["config"].keys()
         if differing:
             raise ValueError(f"another version of it has other settings: {', '.join(differing)}")
         config = Config(**checkpoint["config"])
@@ -1072,16 +1083,19 @@ def pick_device(name):
 
 
 def pick_precision(device, amp):
-    """Return the dtype of --amp; None is float32. "auto" takes bf16 where it isn't emulated."""
+    """Return the dtype of --amp, None for float32; "auto" is the fastest, never an emulated one."""
     torch.backends.cudnn.benchmark = True  # all batches have one shape
     torch.backends.cudnn.allow_tf32 = amp != "off"  # "off" is float32 in convolutions, too
-    has_bf16 = False
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    dtypes = {"auto": None, "off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        dtypes["auto"] = torch.bfloat16
+    elif device.type == "cuda" and torch.cuda.get_device_capability() >= (7, 0):  # tensor cores
+        dtypes["auto"] = torch.float16
     elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older torch can't tell
         can = torch.cpu.get_capabilities()
-        has_bf16 = can.get("amx_bf16", False) or can.get("avx512_bf16", False)
-    return torch.bfloat16 if amp == "bf16" or (amp == "auto" and has_bf16) else None
+        if can.get("amx_bf16") or can.get("avx512_bf16"):
+            dtypes["auto"] = torch.bfloat16
+    return dtypes[amp]
 
 
 def in_precision(model, device, dtype):
@@ -1100,7 +1114,7 @@ EPOCH, STEP, PICTURE = range(3)  # the first number of a key: keeps different ra
 
 def seed_of(seed, *key):
     """Derive a seed from the run's seed and a key: one of the tags above, then integers."""
-    sequence = np.random.SeedSequence(seed, spawn_key=key)
+    sequence = np.random.SeedSequence(abs(seed), spawn_key=key)
     return int(sequence.generate_state(1, np.uint64)[0])
 
 
@@ -1204,12 +1218,12 @@ def train_command(args):
 def choose_config(args):
     """Return train's Config, the checkpoint to start from, if any, and the folder to resume in."""
     given = {}
-    for name in names_of(Config) & vars(args).keys():
+    for name in SETTINGS & vars(args).keys():
         value = getattr(args, name)
         given[name] = tuple(value) if isinstance(value, list) else value
     if os.path.isdir(given.get("data", "")):
         given["data"] = os.path.abspath(given["data"])
-    checkpoint = out = None
+    checkpoint, out = {}, None
     if args.resume is None and not args.init_from:
         slow = pick_device(args.device).type == "cpu"
         config = PRESETS[args.preset or ("tiny" if slow else "cifar10")]
@@ -1219,7 +1233,7 @@ def choose_config(args):
     else:
         path = find_checkpoint(args.init_from or args.resume)
         ema, config, checkpoint = load_checkpoint(path)
-        for name in names_of(Architecture):
+        for name in FIXED:
             if given.get(name, getattr(config, name)) != getattr(config, name):
                 raise UserError(f"{path} has learned with another {name}: it can't be changed")
     if args.init_from:
@@ -1248,15 +1262,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
-def between(low, high=10**9, kind=int):
-    """Return an argparse type: numbers from `low` to `high`."""
-
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
-
-    return number
+def positive(text):
+    """Convert an argument to a whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return int(text)
 
 
 def add_command(commands, name, run, n=0, amp="auto"):
@@ -1267,10 +1277,10 @@ def add_command(commands, name, run, n=0, amp="auto"):
     add = parser.add_argument
     if n:
         add("--ckpt", default="", help="checkpoint, run's folder or published weights [newest run]")
-        add("-n", type=between(1), default=n, help=f"how many pictures [{n}]")
-        add("--seed", type=between(0), default=0, help="seed of all random numbers [0]")
+        add("-n", type=positive, default=n, help=f"how many pictures [{n}]")
+        add("--seed", type=int, default=0, help="seed of all random numbers [0]")
         add("--device", default="auto", help="cpu, cuda or mps [auto]")
-        add("--amp", choices=("auto", "off", "bf16"), default=amp, help=f"mixed precision [{amp}]")
+        add("--amp", choices=PRECISIONS, default=amp, help=f"mixed precision [{amp}]")
     return parser
 
 
@@ -1295,23 +1305,22 @@ def make_parser():
         if field.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif field.type is tuple:
-            how = {"type": between(1), "nargs": "*"}
-        elif field.type is not str:
-            low = {"timesteps": 2, "warmup": 0, "seed": 0}.get(name, int(field.type is int))
-            how["type"] = between(low, 1 if name == "dropout" else 10**9, field.type)
+            how = {"type": positive, "nargs": "*"}
+        elif field.type is int and name not in ("warmup", "seed"):
+            how["type"] = positive
         how |= {"default": argparse.SUPPRESS, "help": field.metadata["help"]}
         add("--" + name.replace("_", "-"), **how)
 
     add = add_command(commands, "sample", sample_command, n=64).add_argument
     add("--out", help="a new or empty folder [samples, beside the checkpoint]")
-    add("--batch-size", type=between(1), default=128, help="pictures computed at a time [128]")
-    add("--steps", type=between(1), default=0, help="steps of DDIM, which is faster [DDPM]")
-    add("--eta", type=between(0, 1, float), default=1.0, help="noise of DDIM, 1 as DDPM's [1]")
+    add("--batch-size", type=positive, default=128, help="pictures computed at a time [128]")
+    add("--steps", type=positive, default=0, help="steps of DDIM, which is faster [DDPM]")
+    add("--eta", type=float, default=1.0, help="noise of DDIM, 1 as DDPM's [1]")
     add("--individual", action="store_true", help="write each picture as a file, too")
     add("--gif", action="store_true", help="write an animation of the first 64, too")
 
     add = add_command(commands, "eval", eval_command, n=64, amp="off").add_argument
-    add("--batch-size", type=between(1), default=128, help="pictures computed at a time [128]")
+    add("--batch-size", type=positive, default=128, help="pictures computed at a time [128]")
     add("--data", default="", help="pictures to measure with [those of the run]")
     add("--samples", nargs="+", metavar="FOLDER", help="folders of pictures: FID against --data")
 
@@ -1334,7 +1343,7 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        message = f"out of memory: lower --batch-size or, in training, raise --accumulate ({error})"
+        message = f"out of memory: lower --batch-size, or raise --accumulate ({error!r:.300})"
     except KeyboardInterrupt:
         message = "stopped"
     say("", end="")  # the error takes the place of a progress line
