@@ -53,8 +53,8 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
     """Return the forward variances beta_1, ..., beta_T, linear in t (Sec. 4): (T,) float64."""
     betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
-    betas = 1000 / timesteps * betas  # so that x_T is as noisy as the paper's, whatever T is
-    return betas.clamp(max=0.999)  # with T < 21 they would exceed 1
+    scale = 1000 / timesteps  # so that x_T is noise for any T
+    return (scale * betas).clamp(max=0.999)  # with T < 21 they would exceed 1
 
 
 class Diffusion(nn.Module):
@@ -73,8 +73,7 @@ class Diffusion(nn.Module):
         alpha_bars_prev = F.pad(alpha_bars[:-1], (1, 0), value=1.0)  # alpha_bar_{t-1}
         posterior_variance = betas * (1 - alpha_bars_prev) / (1 - alpha_bars)  # beta~_t, Eq. 7
         sigma = {"fixedlarge": betas, "fixedsmall": posterior_variance}[variance].sqrt()
-        # Only the likelihood uses sigma_1, as sampling adds no noise in its last step. beta~_1 = 0
-        # would make L_0 infinite; the released code takes beta~_2, whatever the variance.
+        # Sampling never uses sigma_1, L_0 does: as released, it is that of beta~_2, as beta~_1 = 0.
         sigma[1] = posterior_variance[2].sqrt()
 
         posterior_mean_x_0 = alpha_bars_prev.sqrt() * betas / (1 - alpha_bars)
@@ -138,8 +137,7 @@ class Diffusion(nn.Module):
         eta = 0 adds no noise; eta = 1 in all T steps is Algorithm 2 with variance beta~_t.
         """
         if not (1 <= steps <= self.timesteps and 0 <= eta <= 1):
-            limits = f"--steps must be from 1 to {self.timesteps}, and --eta from 0 to 1"
-            raise UserError(f"{limits}: not {steps} and {eta}")
+            raise UserError(f"--steps must be from 1 to {self.timesteps}, and --eta from 0 to 1")
         times = 1 + np.linspace(self.timesteps - 1, 0, steps).round().astype(int)
         # float64, as 1 - alpha_bar has few digits in float32; on the CPU, as MPS has no float64
         alpha_bars = (1 - self.betas.cpu().double()).cumprod(0).tolist()
@@ -522,7 +520,6 @@ def train(config, model, diffusion, pictures, out, checkpoint, signals=()):
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     net = torch.compile(net) if config.compile else net
     predict = in_precision(net, device, dtype)
-    predict_ema = in_precision(ema, device, dtype)
     say(f"run folder {out}: {len(pictures):,} pictures, {device.type} in {dtype or 'float32'}")
     say(str(config))
     if done == 0:  # a disk that can't be written shows before the work
@@ -561,7 +558,8 @@ def train(config, model, diffusion, pictures, out, checkpoint, signals=()):
             return stopped
         if saving:  # 64 pictures by DDIM in 50 steps, always from the same noise
             numbers, ddim_steps = range(min(64, len(x_0))), min(50, config.timesteps)
-            _, chain = draw(predict_ema, diffusion, config, config.seed, numbers, ddim_steps)
+            sampler = in_precision(ema, device, dtype)
+            _, chain = draw(sampler, diffusion, config, config.seed, numbers, ddim_steps)
             write_file(out / f"step-{done:06}.png", grid(end_of(chain)).save)
     return 0
 
@@ -581,7 +579,8 @@ def parts_of_batch(config, pictures, step, device):
 
 def learning_rate(config, step):
     """Return Adam's rate: linear warm-up, constant (Appendix B), linear to 0 if lr_decay > 0."""
-    rise = min(1, (step + 1) / max(1, min(config.warmup, config.steps // 4)))
+    warmup = min(config.warmup, config.steps // 4)
+    rise = min(1, (step + 1) / max(1, warmup))
     fall = min(1, (config.steps - step) / max(1, config.lr_decay * config.steps))
     return config.lr * rise * fall
 
@@ -709,7 +708,8 @@ def show_command(args):
     if out.exists():
         raise UserError(f"{out} already exists: choose another --out")
     figure, text = FIGURES[args.figure](args)  # (rows, columns, C, H, W) in [-1, 1]
-    write_file(out, grid(to_uint8(figure.flatten(0, 1)), columns=figure.shape[1]).save)
+    pictures = to_uint8(figure.flatten(0, 1))
+    write_file(out, grid(pictures, columns=figure.shape[1]).save)
     say(f"wrote {out}, {text}")
 
 
@@ -735,7 +735,8 @@ def eval_command(args):
         tables.append(torch.stack(list(terms)))
     table = torch.cat(tables, 1).cpu()  # (T + 1, N): L_0, ..., L_T
 
-    parts = {"total": table.sum(0), "rate": table[1:].sum(0), "distortion": table[0]}  # Sec. 4.3
+    rate, distortion = table[1:].sum(0), table[0]  # Sec. 4.3
+    parts = {"total": rate + distortion, "rate": rate, "distortion": distortion}
     for name, bits in parts.items():
         say(f"{name:12} {bits.mean():7.4f} bits/dim")
 
@@ -750,20 +751,11 @@ def print_fid(args):
         raise UserError(f"samples must have one size: {path} has {size}, {other} {other_size}")
     inception = load_inception(pick_device(args.device))  # so far, nothing had to be computed
 
-    ours = features_of(read_pictures(samples, size, 3), inception)
-    theirs = features_of(read_pictures(training_set, size, 3), inception)
+    ours = torch.cat([inception(batch) for batch in read_pictures(samples, size, 3)])
+    theirs = torch.cat([inception(batch) for batch in read_pictures(training_set, size, 3)])
     fid = frechet_distance(ours, theirs)
-    say(f"FID {fid:.3f} of {len(ours)} pictures, against {len(theirs)} of {args.data} to train on")
-    say("Below 10,000 pictures, FID comes out too high.")
-
-
-def features_of(pictures, inception):
-    """Return Inception's features (N, 2048) of pictures, an iterable of uint8 (C, H, W)."""
-    pictures = iter(pictures)
-    features = []
-    while batch := list(itertools.islice(pictures, 64)):
-        features.append(inception(torch.stack(batch)))
-    return torch.cat(features)
+    note = " (below 10,000, it comes out too high)" if len(ours) < 10_000 else ""
+    say(f"FID {fid:.3f} of {len(ours)} pictures against {len(theirs)} of {args.data}{note}")
 
 
 def frechet_distance(a, b):
@@ -822,7 +814,7 @@ def pool_as_tensorflow(net):
 
 
 # 7. Files, devices, processes
-# Nothing here is about diffusion: data sets, checkpoints, precision, seeds, output and signals.
+# Nothing here is about diffusion. Functions raise UserError for whatever a user can mend.
 
 
 class UserError(ValueError):
@@ -911,8 +903,8 @@ def decode(image, size, mode):
     return ImageOps.fit(image.convert(mode), size)
 
 
-def read_pictures(dataset, size, channels, order=None):
-    """Yield the pictures, or those in `order`: uint8 (C, H, W), cropped to (W, H) = size."""
+def read_pictures(dataset, size, channels):
+    """Yield a data set in batches: uint8 (B, C, H, W), cropped to (W, H) = size."""
 
     def read(i):
         item = dataset[i]  # a path, or an image and its label
@@ -924,25 +916,29 @@ def read_pictures(dataset, size, channels, order=None):
                 raise
             say(f"skipped a broken picture, {item}: {error or type(error).__name__}")
 
-    order = range(len(dataset)) if order is None else order
-    parts = [order[first : first + 64] for first in range(0, len(order), 64)]
+    parts = torch.arange(len(dataset)).split(64)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = 0
     with ThreadPoolExecutor(min(16, cores)) as threads:  # Pillow releases the GIL
         for part in progress(parts, "reading pictures, batch", len(parts), 64):
-            for picture in filter(torch.is_tensor, threads.map(read, part)):
-                yield picture
-                found += 1
+            pictures = list(filter(torch.is_tensor, threads.map(read, part.tolist())))
+            found += len(pictures)
+            if pictures:
+                yield torch.stack(pictures)
     if not found:
-        raise UserError(f"none of the {len(order)} pictures can be read")
+        raise UserError(f"none of the {len(dataset)} pictures can be read")
 
 
 def some_pictures(data, config, n, seed):
     """Read n pictures of `data`, or of a set's test split, shuffled: uint8 (n, C, H, W)."""
     dataset = find_dataset(data, train=False)
-    order = epoch_order(len(dataset), seed, 0)
-    pictures = read_pictures(dataset, config.shape(1)[2:], config.channels, order)
-    return torch.stack(list(itertools.islice(pictures, n)))
+    shuffled = torch.utils.data.Subset(dataset, epoch_order(len(dataset), seed, 0))
+    pictures = []
+    for batch in read_pictures(shuffled, config.shape(1)[2:], config.channels):
+        pictures.extend(batch)
+        if len(pictures) >= n:
+            break
+    return torch.stack(pictures[:n])
 
 
 def new_run(config, out):
@@ -951,8 +947,8 @@ def new_run(config, out):
 
     def write_pictures(path):
         with open(path, "wb") as file:
-            for picture in read_pictures(dataset, config.shape(1)[2:], config.channels):
-                file.write(picture.numpy().tobytes())
+            for batch in read_pictures(dataset, config.shape(1)[2:], config.channels):
+                file.write(batch.numpy().tobytes())
 
     with new_folder(out, Path("runs", Path(config.data).name)) as folder:
         write_file(folder / "pictures.bin", write_pictures)
@@ -1152,7 +1148,7 @@ def say(text, end="\n"):
 
 
 def progress(items, what, total, images, first=0, notes=()):
-    """Yield items, of so many images each, and show how far they are. The caller may set notes."""
+    """Yield items, of `images` images each, and show how far they are, in a file every 30 s."""
     start = shown = time.perf_counter()
     for done, item in enumerate(items, first + 1):
         yield item
@@ -1345,10 +1341,11 @@ def main(argv=None):
             raise
         message = f"out of memory: lower --batch-size, or raise --accumulate ({error!r:.300})"
     except KeyboardInterrupt:
-        message = "stopped"
+        say("stopped")
+        return 128 + signal.SIGINT
     say("", end="")  # the error takes the place of a progress line
     print("error:", " ".join(message.split()), file=sys.stderr)
-    return 130 if message == "stopped" else 2
+    return 2
 
 
 if __name__ == "__main__":
