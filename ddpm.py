@@ -507,9 +507,8 @@ def train(config, model, diffusion, pictures, out, checkpoint, signals=()):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     dtype = pick_precision(device, config.amp)
-    scaler = torch.amp.GradScaler(
-        device.type, enabled=dtype == torch.float16
-    )  # else it does nothing
+    fp16 = dtype == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)  # without fp16, it does nothing
     saved = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     for name, part in saved.items():
         if checkpoint.get(name):  # to fine-tune, there is no optimiser; without fp16, no scale
@@ -547,7 +546,7 @@ def train(config, model, diffusion, pictures, out, checkpoint, signals=()):
         if saving or done % config.log_every == 0:  # reading the loss waits for the device
             loss = over_processes(torch.stack(losses).mean()) / WORLD
             losses.clear()
-            if not math.isfinite(loss if scaler.is_enabled() else loss + norm):
+            if not math.isfinite(loss if fp16 else loss + norm):
                 raise UserError(f"loss not finite at step {done}: resume with a lower --lr")
             log.append(f"{done},{loss:.6f},{lr:.6g},{norm:.4f}\n")
             notes[:] = [f"loss {loss:.4f}", f"lr {lr:.1e}"]
@@ -556,7 +555,7 @@ def train(config, model, diffusion, pictures, out, checkpoint, signals=()):
             save_checkpoint(out, config, saved, done, log)
         if stopped and done < config.steps:
             return stopped
-        if saving:  # 64 pictures by DDIM in 50 steps, always from the same noise
+        if saving:  # at most 64 pictures by DDIM in 50 steps, always from the same noise
             numbers, ddim_steps = range(min(64, len(x_0))), min(50, config.timesteps)
             sampler = in_precision(ema, device, dtype)
             _, chain = draw(sampler, diffusion, config, config.seed, numbers, ddim_steps)
@@ -1018,7 +1017,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if path.name == PUBLISHED:
             checkpoint = from_published(path, checkpoint)
-        differing = SETTINGS ^ checkpoint["config"].keys()
+        differing = sorted(SETTINGS ^ checkpoint["config"].keys())
         if differing:
             raise ValueError(f"another version of it has other settings: {', '.join(differing)}")
         config = Config(**checkpoint["config"])
