@@ -654,7 +654,7 @@ def sample_command(args):
             how = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
             write_file(out / "chain.gif", functools.partial(frames[0].save, **how))
         files = ", ".join(sorted(map(str, out.iterdir())))
-    say(f"wrote {files}: {args.n} pictures of seed {args.seed}; try --seed {args.seed + 1}, too")
+    say(f"wrote {files}: {args.n} pictures of seed {args.seed}; for others, --seed {args.seed + 1}")
 
 
 def forward(args):
