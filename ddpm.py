@@ -207,7 +207,7 @@ PRECISIONS = ("auto", "off", "bf16", "fp16")
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What weights are learned for: it stays when a network is resumed or fine-tuned."""
+    """The settings that weights are learned for. Resuming and fine-tuning can't change them."""
 
     image_size: int = setting(32, "height and width of the pictures in pixels")
     channels: int = setting(3, "3 for colour, 1 for grey", choices=(1, 3))
@@ -273,8 +273,9 @@ def sinusoidal_embedding(t, dim):
 def group_norm(config, channels):
     """Build a GroupNorm of 32 groups, or fewer, so that each has group_size channels or more.
 
-    128 channels are 32 groups of 4; in `tiny`, 16 channels are one group, 64 are 4. One channel
-    would subtract temb again; small groups at full resolution lose how bright a picture is.
+    128 channels are 32 groups of 4; in `tiny`, 16 channels are one group, and 64 are 4 groups. A
+    group of one channel would subtract temb again, and small groups at full resolution lose how
+    bright a picture is. Raises UserError if the channels can't be split so.
     """
     groups = min(32, channels // config.group_size)
     if channels % config.group_size or channels % groups:
@@ -890,7 +891,7 @@ def decode(image, size, mode):
     """Crop a PIL image to (W, H) = size, upright, on white, in mode L or RGB."""
     image.load()
     with contextlib.suppress(Exception):  # the tags may be broken while the pixels are whole
-        image.getexif()  # keeps the orientation; not all the other tags could be written anew
+        image.getexif()  # keeps the orientation; tags that can't be written anew go away here:
     for tags in ("exif", "Raw profile type exif"):
         image.info.pop(tags, None)
     image = ImageOps.exif_transpose(image)
@@ -970,7 +971,7 @@ def new_folder(out, default):
     try:
         yield folder
     finally:
-        if not any(folder.iterdir()):  # it was of no use
+        if not any(folder.iterdir()):  # nothing was written
             folder.rmdir()
 
 
@@ -1044,7 +1045,7 @@ def from_published(path, weights):
 
 
 def load(path="", device="cpu"):
-    """Load what `find_checkpoint` finds, to sample from it: (EMA network, Diffusion, Config)."""
+    """Load the checkpoint that `path` means to sample from it: (EMA network, Diffusion, Config)."""
     model, config, _ = load_checkpoint(find_checkpoint(path))
     diffusion = Diffusion(config.timesteps, config.variance)
     return model.to(device), diffusion.to(device), config
@@ -1095,7 +1096,7 @@ def pick_precision(device, amp):
 
 def in_precision(model, device, dtype):
     """Return model(x_t, t), computed in mixed precision of this dtype, or in float32 if None."""
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)(model)  # a decorator
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)(model)  # as a decorator
 
 
 def lacks_memory(error):
