@@ -2,7 +2,7 @@
 
     python ddpm.py train --data ./images   # a folder of pictures, or shapes, mnist, cifar10, ...
     python ddpm.py sample                  # new pictures from the newest run
-    python ddpm.py eval                    # its bits/dim on pictures that it has not seen
+    python ddpm.py eval                    # its bits/dim on test pictures
     python ddpm.py show progressive        # a figure: forward, progressive or interpolate
 
 The paper is Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020
@@ -22,14 +22,13 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
-import threading
 import time
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -54,14 +53,14 @@ def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
     """Return the forward variances beta_1, ..., beta_T, linear in t (Sec. 4): (T,) float64."""
     betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
     scale = 1000 / timesteps  # so that x_T is noise for any T
-    return (scale * betas).clamp(max=0.999)  # with T < 21 they would exceed 1
+    return (scale * betas).clamp(max=0.999)  # with T <= 20 they would reach 1
 
 
 class Diffusion(nn.Module):
     """Two Markov chains: q adds noise; p_theta removes it, with a network model(x_t, t - 1) -> eps.
 
-    Tables have T + 1 entries: table[t] is the paper's, alpha_bars[0] = 1, other entries 0 are not
-    used. The reverse variance (Sec. 3.2) is beta_t if "fixedlarge", beta~_t if "fixedsmall".
+    Tables have T + 1 entries, so that table[t] is the paper's; alpha_bars[0] = 1, other entries 0
+    mean nothing. The reverse variance (Sec. 3.2) is beta_t if "fixedlarge", else beta~_t.
     """
 
     def __init__(self, timesteps=1000, variance="fixedlarge"):
@@ -138,10 +137,10 @@ class Diffusion(nn.Module):
         """
         if not (1 <= steps <= self.timesteps and 0 <= eta <= 1):
             raise UserError(f"--steps must be from 1 to {self.timesteps}, and --eta from 0 to 1")
-        times = 1 + np.linspace(self.timesteps - 1, 0, steps).round().astype(int)
+        times = (1 + np.linspace(self.timesteps - 1, 0, steps).round().astype(int)).tolist()
         # float64, as 1 - alpha_bar has few digits in float32; on the CPU, as MPS has no float64
         alpha_bars = (1 - self.betas.cpu().double()).cumprod(0).tolist()
-        for t, s in itertools.pairwise([*times.tolist(), 0]):  # from x_t to x_s
+        for t, s in zip(times, [*times[1:], 0]):  # from x_t to x_s
             alpha_bar_t, alpha_bar_s = alpha_bars[t], alpha_bars[s]
             _, _, x_0 = self.p_mean_variance(model, x_t, t)
             eps = (x_t - math.sqrt(alpha_bar_t) * x_0) / math.sqrt(1 - alpha_bar_t)
@@ -211,11 +210,13 @@ class Architecture:
 
     image_size: int = setting(32, "height and width of the pictures in pixels")
     channels: int = setting(3, "3 for colour, 1 for grey", choices=(1, 3))
-    base_channels: int = setting(128, "channels at full resolution, a multiple of --group-size")
+    base_channels: int = setting(128, "channels at full resolution, best a multiple of 32")
     channel_mults: tuple = setting((1, 2, 2, 2), "channels of each level, as multiples of the base")
     num_res_blocks: int = setting(2, "residual blocks per level on the way down, one more going up")
     attention_resolutions: tuple = setting((16,), "sizes of feature maps that have self-attention")
-    group_size: int = setting(4, "channels of a GroupNorm group, or more", choices=(4, 8, 16))
+    group_size: int = setting(
+        4, "least number of channels in a GroupNorm group", choices=(4, 8, 16)
+    )
     timesteps: int = setting(1000, "T, the number of noising steps")
 
 
@@ -231,7 +232,7 @@ class Config(Architecture):
     lr: float = setting(2e-4, "peak learning rate of Adam")
     adam_beta_2: float = setting(0.999, "Adam's beta_2")
     warmup: int = setting(5000, "steps of linear warm-up, a quarter of the run at most")
-    lr_decay: float = setting(0.0, "fraction of the run, at its end, in which the rate falls to 0")
+    lr_decay: float = setting(0.0, "last fraction of the run, over which the rate falls to 0")
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 means no clipping")
     ema_decay: float = setting(0.9999, "decay of the moving average (EMA) of the weights")
     flip: bool = setting(True, "mirror half of the pictures, left to right")
@@ -535,7 +536,8 @@ def train(config, model, diffusion, pictures, out, checkpoint, signals=()):
             scaler.scale(loss / config.accumulate).backward()
             losses.append(loss.detach())
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        largest = config.grad_clip if config.grad_clip > 0 else math.inf
+        norm = nn.utils.clip_grad_norm_(model.parameters(), largest)
         scaler.step(optimizer)  # but not if a gradient overflows in fp16
         scaler.update()
         optimizer.zero_grad()
@@ -556,7 +558,7 @@ def train(config, model, diffusion, pictures, out, checkpoint, signals=()):
             save_checkpoint(out, config, saved, done, log)
         if stopped and done < config.steps:
             return stopped
-        if saving:  # at most 64 pictures by DDIM in 50 steps, always from the same noise
+        if saving:  # as many pictures as x_0 has, at most 64, always from the same noise
             numbers, ddim_steps = range(min(64, len(x_0))), min(50, config.timesteps)
             sampler = in_precision(ema, device, dtype)
             _, chain = draw(sampler, diffusion, config, config.seed, numbers, ddim_steps)
@@ -588,7 +590,7 @@ def learning_rate(config, step):
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
     """Move the EMA of the weights: ema <- decay * ema + (1 - decay) * model; step counts from 0."""
-    decay = min(decay, (1 + step) / (10 + step))  # it starts low; the next line is one big lerp_
+    decay = min(decay, (1 + step) / (10 + step))  # low at first; then one lerp_ for all weights
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
@@ -621,7 +623,7 @@ def end_of(chain):
 
 
 def filmed(x_T, chain, steps, frames):
-    """Pass a chain on; append grids of at most 64 pictures to `frames`: x_T, then 60 of x_{t-1}."""
+    """Pass a chain on; append grids of at most 64 pictures to `frames`: x_T, then 60 steps."""
     frames.append(grid(to_uint8(x_T[:64])))
     for done, (t, x_t, x_0) in enumerate(chain, 1):
         if (steps - done) % math.ceil(steps / 60) == 0:
@@ -704,9 +706,9 @@ FIGURES = {"forward": forward, "progressive": progressive, "interpolate": interp
 
 def show_command(args):
     """Draw a figure of the paper as a PNG."""
-    out = Path((args.out or args.figure).removesuffix(".png") + ".png")
-    if out.exists():
-        raise UserError(f"{out} already exists: choose another --out")
+    out = Path(args.out or f"{args.figure}.png")
+    if out.suffix != ".png" or out.exists():
+        raise UserError(f"--out {out} must be a new file, and end in .png")
     figure, text = FIGURES[args.figure](args)  # (rows, columns, C, H, W) in [-1, 1]
     pictures = to_uint8(figure.flatten(0, 1))
     write_file(out, grid(pictures, columns=figure.shape[1]).save)
@@ -724,7 +726,7 @@ def eval_command(args):
     model, diffusion, config, _ = load_network(args)
     data = args.data or config.data
     pictures = some_pictures(data, config, args.n, args.seed)
-    say(f"bits/dim of {len(pictures)} pictures of {data}, of a named set's test split")
+    say(f"bits/dim of {len(pictures)} pictures of {data} (the test split, if that is a named set)")
     total = diffusion.timesteps + 1
     tables = []
     for numbers in torch.arange(len(pictures)).split(args.batch_size):
@@ -746,11 +748,12 @@ def print_fid(args):
     training_set = find_dataset(args.data, train=True)
     samples = [path for folder in args.samples for path in find_pictures(folder)]
     sizes = {Image.open(path).size: path for path in samples}
-    (size, path), *others = sizes.items()
-    for other_size, other in others:
+    if len(sizes) > 1:
+        (size, path), (other_size, other), *_ = sizes.items()
         raise UserError(f"samples must have one size: {path} has {size}, {other} {other_size}")
-    inception = load_inception(pick_device(args.device))  # so far, nothing had to be computed
+    inception = load_inception(pick_device(args.device))  # last, as it may have to be fetched
 
+    [size] = sizes
     ours = torch.cat([inception(batch) for batch in read_pictures(samples, size, 3)])
     theirs = torch.cat([inception(batch) for batch in read_pictures(training_set, size, 3)])
     fid = frechet_distance(ours, theirs)
@@ -882,16 +885,18 @@ def find_pictures(folder):
     endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     pictures = sorted(path for path in paths if path.suffix.lower() in endings)
     if not pictures:
-        raise UserError(f"{folder} holds no images (looked for .png .jpg .webp ...)")
+        raise UserError(f"{folder} holds no images (looked for .png .jpg .webp ..., not in runs)")
     say(f"{folder}: {len(pictures)} of {len(paths)} files are pictures")
     return pictures
 
 
 def decode(image, size, mode):
     """Crop a PIL image to (W, H) = size, upright, on white, in mode L or RGB."""
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise ValueError("it has 32 bits a channel: save it with 8 or 16")
     image.load()
     with contextlib.suppress(Exception):  # the tags may be broken while the pixels are whole
-        image.getexif()  # keeps the orientation; tags that can't be written anew go away here:
+        image.getexif()  # keeps the orientation; exif_transpose would write all tags anew, or fail
     for tags in ("exif", "Raw profile type exif"):
         image.info.pop(tags, None)
     image = ImageOps.exif_transpose(image)
@@ -971,12 +976,12 @@ def new_folder(out, default):
     try:
         yield folder
     finally:
-        if not any(folder.iterdir()):  # nothing was written
+        if not out and not any(folder.iterdir()):  # nothing was written
             folder.rmdir()
 
 
 def write_file(path, write):
-    """On torchrun's first process, call write(path), so that the file is whole or absent."""
+    """On torchrun's first process, call write for another path, then rename: whole or absent."""
     if RANK > 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1025,7 +1030,9 @@ def load_checkpoint(path):
         ema = UNet(config)
         ema.load_state_dict(checkpoint["ema"])
     except Exception as error:  # the unpickler may raise anything on a damaged file
-        reason = "it holds code, which isn't run" if "GLOBAL" in str(error) else f"{error!s:.200}"
+        reason = f"{error!r:.200}"
+        if "Weights only" in reason:
+            reason = "it is damaged, or holds code, which isn't run"
         raise UserError(f"{path} is not a checkpoint of this ddpm.py: {reason}") from error
     return ema.eval().requires_grad_(False), config, checkpoint
 
@@ -1096,7 +1103,7 @@ def pick_precision(device, amp):
 
 def in_precision(model, device, dtype):
     """Return model(x_t, t), computed in mixed precision of this dtype, or in float32 if None."""
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)(model)  # as a decorator
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)(model)  # it wraps calls
 
 
 def lacks_memory(error):
@@ -1148,7 +1155,7 @@ def say(text, end="\n"):
 
 
 def progress(items, what, total, images, first=0, notes=()):
-    """Yield items, of `images` images each, and show how far they are, in a file every 30 s."""
+    """Yield items, of `images` images each, and show how far they are; in a file, every 30 s."""
     start = shown = time.perf_counter()
     for done, item in enumerate(items, first + 1):
         yield item
@@ -1160,7 +1167,7 @@ def progress(items, what, total, images, first=0, notes=()):
             speed = f"{images / seconds:.3g} images/s"
             line = "  ".join([f"{what} {done}/{total}", *notes, speed, f"{left} left"])
             live = done < total and TERMINAL
-            width = os.get_terminal_size().columns - 1 if live else None  # longer lines wrap
+            width = shutil.get_terminal_size().columns - 1 if live else None  # longer lines wrap
             say(line[:width], end="" if live else "\n")
 
 
@@ -1168,8 +1175,8 @@ def progress(items, what, total, images, first=0, notes=()):
 def noted_signals():
     """Collect Ctrl-C and SIGTERM in a list, so that `train` can finish its step and save."""
     noted, usual = [], {}
-    if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
-        for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # in a thread, Python doesn't allow it
             usual[number] = signal.signal(number, lambda number, frame: noted.append(number))
     try:
         yield noted
@@ -1188,7 +1195,7 @@ def train_command(args):
     device = pick_device(args.device)
     torch.manual_seed(config.seed)
     model, diffusion = build(config, device)
-    if WORLD > 1:  # gloo is for numbers on the CPU; decoding can take long
+    if WORLD > 1:  # gloo is for CPU tensors; the others wait while pictures are decoded: 3 hours
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=3))
     if RANK == 0 and not out:
@@ -1231,23 +1238,26 @@ def choose_config(args):
         ema, config, checkpoint = load_checkpoint(path)
         for name in FIXED:
             if given.get(name, getattr(config, name)) != getattr(config, name):
-                raise UserError(f"{path} has learned with another {name}: it can't be changed")
+                raise UserError(f"{path} was trained with another {name}, which can't be changed")
     if args.init_from:
         checkpoint = {"model": ema.state_dict(), "ema": ema.state_dict()}
     if args.resume is not None:
         if "optimizer" not in checkpoint:
             raise UserError(f"{path} holds only weights: fine-tune them with --init-from")
         if args.out or given.get("data", config.data) != config.data:
-            raise UserError(f"{path} goes on in its folder and with its pictures: try --init-from")
+            raise UserError(f"{path} resumes in its folder, on its pictures: else use --init-from")
         if checkpoint["step"] >= given.get("steps", config.steps):
             raise UserError(f"{path} is finished after {checkpoint['step']} steps: raise --steps")
         out = path.parent
     config = dataclasses.replace(config, **given)
     if config.batch_size % (config.accumulate * WORLD):
-        raise UserError(f"--batch-size must be a multiple of --accumulate times {WORLD} processes")
+        raise UserError(f"--batch-size must be a multiple of --accumulate x {WORLD} (processes)")
+    sizes, wanted = config.sizes(), config.attention_resolutions
     for size in given.get("attention_resolutions", ()):
-        if size not in config.sizes():
-            raise UserError(f"--attention-resolutions {size} must be among {config.sizes()}")
+        if size not in sizes:
+            raise UserError(f"--attention-resolutions {size} must be among {sizes}")
+    if wanted and not set(wanted) & set(sizes):  # a preset's, for pictures of another size
+        config = dataclasses.replace(config, attention_resolutions=(sizes[-1],))
     return config, checkpoint, out
 
 
@@ -1311,19 +1321,19 @@ def make_parser():
     add("--out", help="a new or empty folder [samples, beside the checkpoint]")
     add("--batch-size", type=positive, default=128, help="pictures computed at a time [128]")
     add("--steps", type=positive, default=0, help="steps of DDIM, which is faster [DDPM]")
-    add("--eta", type=float, default=1.0, help="noise of DDIM, 1 as DDPM's [1]")
-    add("--individual", action="store_true", help="write each picture as a file, too")
-    add("--gif", action="store_true", help="write an animation of the first 64, too")
+    add("--eta", type=float, default=1.0, help="noise of DDIM: 0 is none, 1 as DDPM's [1]")
+    add("--individual", action="store_true", help="also write each picture as a file")
+    add("--gif", action="store_true", help="also write an animation of the first 64")
 
     add = add_command(commands, "eval", eval_command, n=64, amp="off").add_argument
     add("--batch-size", type=positive, default=128, help="pictures computed at a time [128]")
-    add("--data", default="", help="pictures to measure with [those of the run]")
+    add("--data", default="", help="pictures to measure; for FID, the training set [of the run]")
     add("--samples", nargs="+", metavar="FOLDER", help="folders of pictures: FID against --data")
 
     add = add_command(commands, "show", show_command, n=4).add_argument
     add("figure", choices=FIGURES)
     add("--out", help="the PNG [FIGURE.png]")
-    add("--data", default="", help="pictures to start from [those of the run]")
+    add("--data", default="", help="pictures to start from, needed by forward [of the run]")
     return parser
 
 
@@ -1339,7 +1349,7 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        message = f"out of memory: lower --batch-size, or raise --accumulate ({error!r:.300})"
+        message = f"out of memory: lower --batch-size or -n, raise --accumulate ({error!r:.300})"
     except KeyboardInterrupt:
         say("stopped")
         return 128 + signal.SIGINT

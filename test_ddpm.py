@@ -695,6 +695,15 @@ def idx(array):
     return bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
 
 
+def test_a_preset_attends_at_the_smallest_size_if_it_lacks_its_own(monkeypatch):
+    monkeypatch.setattr(ddpm, "train", lambda *args: 0)
+    folder_of_shapes(1)
+    for size, attended in {32: [16], 96: [12]}.items():
+        flags = f"--preset cifar10 --base-channels 32 --image-size {size} --device cpu"
+        do(f"train --data images {flags} --out {size}")
+        assert settings_of(f"{size}")["attention_resolutions"] == attended
+
+
 def test_digits_and_clothes_are_grey_and_not_mirrored(monkeypatch, capsys):
     monkeypatch.setattr(ddpm, "train", lambda *args: 0)
     pictures = np.arange(20 * 28 * 28, dtype=np.uint8).reshape(20, 28, 28)
@@ -1178,6 +1187,7 @@ MISTAKES = [
     ("sample --batch-size 0", "--batch-size"),
     ("eval --batch 4", "--batch"),  # not short for --batch-size
     ("show waves", "invalid choice: 'waves'"),
+    ("show forward --data images --out images", "end in .png"),
 ]
 
 
@@ -1380,7 +1390,8 @@ def test_in_a_terminal_lines_replace_each_other_and_errors_begin_one(trained):
     parent, child = os.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("4H", 24, 30, 0, 0))  # 30 columns
     words = f"train --resume --steps 9000 --lr 1e38 --log-every 500 {CPU}".split()
-    running = subprocess.Popen([sys.executable, SCRIPT, *words], stdout=child, stderr=child)
+    words = [sys.executable, SCRIPT, *words]
+    running = subprocess.Popen(words, stdout=child, stderr=child, env=ONE_THREAD)
     os.close(child)
     out = b""
     with contextlib.suppress(OSError):  # at the end, on Linux
