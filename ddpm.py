@@ -441,7 +441,8 @@ def to_unit(pictures):
 
 def to_uint8(x_0):
     """Map float32 in [-1, 1] to uint8, 0..255; rounded, as a cast alone would make it darker."""
-    return ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    levels = (x_0.clamp(-1, 1) + 1) * 127.5
+    return levels.round().to(torch.uint8)
 
 
 def grid(pictures, columns=None):
@@ -460,8 +461,10 @@ def epoch_order(n, seed, epoch):
 def batch_of(pictures, seed, first, size):
     """Take `size` pictures, from number `first` on, of the endless sequence of shuffled epochs."""
     n = len(pictures)
-    numbers = range(first, first + size)
-    rows = [epoch_order(n, seed, number // n)[number % n] for number in numbers]
+    rows = []
+    for number in range(first, first + size):
+        epoch, place = divmod(number, n)
+        rows.append(epoch_order(n, seed, epoch)[place])
     return torch.from_numpy(pictures[rows])
 
 
@@ -1109,7 +1112,8 @@ def in_precision(model, device, dtype):
 def lacks_memory(error):
     """Tell whether an error of Python, Pillow or torch says that there is not enough memory."""
     signs = ("out of memory", "allocate memory", "enough memory", "alloc_failed")
-    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)
 
 
 EPOCH, STEP, PICTURE = range(3)  # the first number of a key: keeps different random streams apart
@@ -1193,7 +1197,7 @@ def train_command(args):
     """Train a network on a folder of pictures, or on a data set by name."""
     config, checkpoint, out = choose_config(args)
     device = pick_device(args.device)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed % 2**63)
     model, diffusion = build(config, device)
     if WORLD > 1:  # gloo is for CPU tensors; the others wait while pictures are decoded: 3 hours
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -1206,7 +1210,10 @@ def train_command(args):
         out = folder[0]
     settings = json.dumps(dataclasses.asdict(config), indent=2)
     write_file(out / "config.json", lambda path: path.write_text(settings))
-    pictures = np.memmap(out / "pictures.bin", np.uint8, "r").reshape(config.shape(-1))
+    try:
+        pictures = np.memmap(out / "pictures.bin", np.uint8, "r").reshape(config.shape(-1))
+    except ValueError as error:
+        raise UserError(f"{out}/pictures.bin is not whole: {error}") from error
     with noted_signals() as signals:
         stopped = train(config, model, diffusion, pictures, out, checkpoint, signals)
     if WORLD > 1:  # not after an error: it would wait for the others, which torchrun ends

@@ -895,6 +895,8 @@ def test_a_finished_run_says_how_it_can_go_on(trained, capsys):
         assert "--steps" in error
     for flags in ("--data shapes", "--out other"):
         assert "--init-from" in error_of(f"train --resume --steps 9 {flags} {CPU}", capsys)
+    os.truncate(trained / "pictures.bin", 100)  # as of a copy that broke off
+    assert "pictures.bin" in error_of(f"train --resume --steps 9 {CPU}", capsys)
 
 
 def test_a_new_run_never_takes_the_folder_of_another(trained, capsys):
