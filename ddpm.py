@@ -756,7 +756,7 @@ def print_fid(args):
         raise UserError(f"samples must have one size: {path} has {size}, {other} {other_size}")
     inception = load_inception(pick_device(args.device))  # last, as it may have to be fetched
 
-    [size] = sizes
+    [size] = sizes  # the only one
     ours = torch.cat([inception(batch) for batch in read_pictures(samples, size, 3)])
     theirs = torch.cat([inception(batch) for batch in read_pictures(training_set, size, 3)])
     fid = frechet_distance(ours, theirs)
