@@ -921,7 +921,7 @@ def read_pictures(dataset, size, channels):
             return pil_to_tensor(decode(image, size, "L" if channels == 1 else "RGB"))
         except Exception as error:  # a decoder may raise anything on a broken file
             if lacks_memory(error):
-                raise
+                raise MemoryError(f"{item}: {error}") from error
             say(f"skipped a broken picture, {item}: {error or type(error).__name__}")
 
     parts = torch.arange(len(dataset)).split(64)

@@ -654,7 +654,7 @@ def test_broken_pictures_are_named_and_skipped_and_others_counted(monkeypatch, c
     assert "none of the" in error_of(f"train --data images {FAST}", capsys)
     for error in (MemoryError(), OSError("out of memory error when reading image file")):
         errors[0] = error  # is no fault of the picture
-        assert "memory" in error_of(f"train --data images {FAST}", capsys)
+        assert "error: out of memory" in error_of(f"train --data images {FAST}", capsys)
     assert not Path("runs/images").exists()
 
 
