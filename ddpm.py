@@ -626,7 +626,7 @@ def end_of(chain):
 
 
 def filmed(x_T, chain, steps, frames):
-    """Pass a chain on; append grids of at most 64 pictures to `frames`: x_T, then 60 steps."""
+    """Pass a chain on; append grids of at most 64 pictures to `frames`: x_T, then 60 or fewer."""
     frames.append(grid(to_uint8(x_T[:64])))
     for done, (t, x_t, x_0) in enumerate(chain, 1):
         if (steps - done) % math.ceil(steps / 60) == 0:
@@ -650,8 +650,8 @@ def sample_command(args):
             chain = progress(chain, what, steps, len(numbers) / steps)
             pictures = end_of(chain).cpu()  # Algorithm 2 runs here
             shown.extend(pictures[: 256 - len(shown)])  # more would be hard to see, and to hold
-            for number, picture in zip(numbers, pictures):
-                if args.individual:
+            if args.individual:
+                for number, picture in zip(numbers, pictures):
                     write_file(out / "pictures" / f"{number:06}.png", to_pil_image(picture).save)
 
         write_file(out / "grid.png", grid(torch.stack(shown)).save)
@@ -1021,7 +1021,7 @@ def find_checkpoint(name=""):
 
 
 def load_checkpoint(path):
-    """Load what `train` saved, or published weights: return (EMA network, Config, checkpoint)."""
+    """Load a run or published weights: return (EMA network, Diffusion, Config, checkpoint)."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if path.name == PUBLISHED:
@@ -1030,14 +1030,14 @@ def load_checkpoint(path):
         if differing:
             raise ValueError(f"another version of it has other settings: {', '.join(differing)}")
         config = Config(**checkpoint["config"])
-        ema = UNet(config)
+        ema, diffusion = build(config)
         ema.load_state_dict(checkpoint["ema"])
     except Exception as error:  # the unpickler may raise anything on a damaged file
         reason = f"{error!r:.200}"
         if "Weights only" in reason:
             reason = "it is damaged, or holds code, which isn't run"
         raise UserError(f"{path} is not a checkpoint of this ddpm.py: {reason}") from error
-    return ema.eval().requires_grad_(False), config, checkpoint
+    return ema.eval().requires_grad_(False), diffusion, config, checkpoint
 
 
 def from_published(path, weights):
@@ -1056,8 +1056,7 @@ def from_published(path, weights):
 
 def load(path="", device="cpu"):
     """Load the checkpoint that `path` means to sample from it: (EMA network, Diffusion, Config)."""
-    model, config, _ = load_checkpoint(find_checkpoint(path))
-    diffusion = Diffusion(config.timesteps, config.variance)
+    model, diffusion, config, _ = load_checkpoint(find_checkpoint(path))
     return model.to(device), diffusion.to(device), config
 
 
@@ -1242,7 +1241,7 @@ def choose_config(args):
             config = dataclasses.replace(config, channels=channels, flip=flip)
     else:
         path = find_checkpoint(args.init_from or args.resume)
-        ema, config, checkpoint = load_checkpoint(path)
+        ema, _, config, checkpoint = load_checkpoint(path)
         for name in FIXED:
             if given.get(name, getattr(config, name)) != getattr(config, name):
                 raise UserError(f"{path} was trained with another {name}, which can't be changed")
